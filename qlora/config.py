@@ -1,0 +1,363 @@
+"""Every flag of train.py and generate.py: name, type, default, help text and limits. Parsing is strict."""
+
+import dataclasses
+import math
+import re
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+
+def flag(default, help: str):
+    """A dataclass field with a help text; lists are copied for each instance."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    # Model
+    model: str = dataclasses.field(
+        metadata={
+            "help": "Base model: a Hugging Face hub id or a local folder. Quantized on load unless "
+            "it is already 4-bit."
+        }
+    )
+    adapter: str | None = flag(
+        None,
+        "LoRA adapter folder (or hub id) to train further; its own rank, alpha, dropout and targets are "
+        "kept.",
+    )
+    dtype: Literal["float16", "bfloat16", "float32"] = flag(
+        "float16",
+        "Compute type of the autocast forward and of the unquantized base weights. float16 runs on every "
+        "CUDA card and is loss-scaled; bfloat16 needs Ampere or newer and no scaling, and is the safer one "
+        "there (QLoRA's authors saw a fifth of their float16 runs fail). LoRA weights are float32 always.",
+    )
+    load_in_4bit: bool = flag(
+        True,
+        "Quantize the base to 4 bits. Off: plain LoRA on an unquantized base. QLoRA matched 16-bit LoRA in "
+        "every comparison of its paper (arXiv 2305.14314, tables 3 and 4).",
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag(
+        "nf4",
+        "4-bit data type. Mean MMLU of LLaMA 7B to 65B: NF4 with double quantization 53.1, FP4 52.2, "
+        "bfloat16 53.0 (arXiv 2305.14314, table 4).",
+    )
+    bnb_4bit_use_double_quant: bool = flag(
+        True,
+        "Quantize the block constants too: 0.127 instead of 0.5 bits a weight (arXiv 2305.14314, section 3).",
+    )
+    trust_remote_code: bool = flag(False, "Let the model repository run its own Python code. Off for safety.")
+
+    # LoRA
+    lora_r: int = flag(
+        16,
+        "Rank of the adapter. Ranks 8 to 256 made no difference in QLoRA's search when every layer is "
+        "adapted (arXiv 2305.14314, appendix A).",
+    )
+    lora_alpha: int = flag(
+        16,
+        "Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with --use_rslora). QLoRA kept 16 and "
+        "searched the learning rate instead.",
+    )
+    lora_dropout: float = flag(
+        0.05,
+        "Dropout on the adapter's input. 0.05 was useful for 7B and 13B in QLoRA's search (arXiv 2305.14314, "
+        "appendix A).",
+    )
+    lora_target_modules: list[str] = flag(
+        ["q_proj", "v_proj"],
+        "Names of the linear layers to adapt, or 'all-linear'. Query and value was the best choice at a "
+        "fixed budget in LoRA (arXiv 2106.09685, table 5); all layers match full fine-tuning in QLoRA (arXiv "
+        "2305.14314, figure 2).",
+    )
+    use_rslora: bool = flag(
+        False, "Rank-stabilized scale alpha / sqrt(r), for high ranks (arXiv 2312.03732)."
+    )
+    use_dora: bool = flag(False, "Weight-decomposed LoRA; slower (arXiv 2402.09353).")
+
+    # Data
+    dataset: str = flag(
+        "timdettmers/openassistant-guanaco",
+        "Training rows: a hub id, a file (json, jsonl, csv, parquet, txt) or a folder of such files. The "
+        "default is the data of the Guanaco models.",
+    )
+    dataset_config: str | None = flag(None, "Configuration name of a hub data set that has several.")
+    split: str = flag(
+        "train", "Split to train on; slices such as train[:1000] or train[:90%%] work for files too."
+    )
+    dataset_format: Literal[
+        "auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"
+    ] = flag("auto", "Row format. auto recognises it from the columns (and a text column's markers).")
+    dataset_text_field: str = flag("text", "Name of the column that holds the text of text rows.")
+    completion_only_loss: bool = flag(
+        True,
+        "Count the loss on answers only, where the format tells them from prompts. Training on the target "
+        "only beat training on source and target in QLoRA (arXiv 2305.14314, table 10).",
+    )
+    max_length: int = flag(
+        512,
+        "Longest row in tokens; longer ones are cut at the end, and counted. QLoRA trained 7B and 13B "
+        "Guanaco at 512.",
+    )
+    validation_split: str | None = flag(
+        None,
+        "Validation rows of --dataset: a share (0.05) or a number of rows (200) held out of training, or the "
+        "name of another split; beside --validation_dataset, the name of its split.",
+    )
+    validation_dataset: str | None = flag(None, "Validation rows from a hub id, file or folder of their own.")
+    group_by_length: bool = flag(
+        False, "Put rows of similar length into the same step, so that less is padded."
+    )
+
+    # Training
+    output_dir: str = flag("outputs", "Folder for the adapter, checkpoint-N folders and metrics.jsonl.")
+    overwrite_output_dir: bool = flag(
+        False, "Delete an earlier run's adapter, checkpoints and metrics in --output_dir."
+    )
+    num_train_epochs: float = flag(1.0, "Passes over the rows. One epoch is common for 10,000 rows and more.")
+    max_steps: int = flag(-1, "Optimizer steps; wins over --num_train_epochs when above 0.")
+    per_device_train_batch_size: int = flag(4, "Rows in one forward pass (a micro-batch).")
+    gradient_accumulation_steps: int = flag(
+        4,
+        "Micro-batches in one optimizer step. 4 x 4 gives the 16 rows a step that QLoRA used for 7B and 13B; "
+        "the split does not change the gradient.",
+    )
+    learning_rate: float = flag(
+        2e-4,
+        "Peak learning rate. QLoRA: 2e-4 for 7B and 13B, 1e-4 for 33B and 65B (arXiv 2305.14314, table 9).",
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = flag(
+        "cosine", "Decay after the warm-up. cosine and linear end at 0; QLoRA itself used constant."
+    )
+    warmup_ratio: float = flag(
+        0.03, "Share of the steps in which the rate climbs from 0 to its peak, as in QLoRA."
+    )
+    warmup_steps: int = flag(0, "Warm-up in steps; wins over --warmup_ratio when above 0.")
+    optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = flag(
+        "paged_adamw_8bit",
+        "Optimizer. 8-bit states match 32-bit ones at a quarter of the memory (arXiv 2110.02861); paged "
+        "states move to host memory when the card is full (arXiv 2305.14314, section 3).",
+    )
+    weight_decay: float = flag(0.0, "Decoupled weight decay on the LoRA weights. QLoRA used none.")
+    adam_beta1: float = flag(0.9, "AdamW's first-moment decay.")
+    adam_beta2: float = flag(
+        0.999, "AdamW's second-moment decay, as in QLoRA (arXiv 2305.14314, appendix B)."
+    )
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = flag(
+        0.3,
+        "Clip the gradient to this norm; 0 turns clipping off. 0.3 as in QLoRA (arXiv 2305.14314, appendix "
+        "B).",
+    )
+    gradient_checkpointing: Literal["all", "none"] = flag(
+        "all",
+        "Recompute each layer's activations in the backward pass instead of keeping them: one more forward, "
+        "memory for one layer (arXiv 1604.06174). none is a third faster if it fits.",
+    )
+    seed: int = flag(42, "Seed of LoRA's start, the row order, the held-out rows and dropout.")
+
+    # Evaluation, logging, saving
+    per_device_eval_batch_size: int = flag(8, "Rows in one forward pass of an evaluation.")
+    eval_steps: int = flag(100, "Evaluate every N steps and at the end, if there are validation rows.")
+    logging_steps: int = flag(10, "Log every N steps to the progress bar, metrics.jsonl and the tracker.")
+    report_to: Literal["none", "wandb"] = flag(
+        "none", "Tracker. One that cannot be reached never stops a run."
+    )
+    run_name: str | None = flag(None, "Name of the run in the tracker. Default: the output folder's name.")
+    save_steps: int = flag(100, "Save a checkpoint every N steps; one holds all that an exact resume needs.")
+    save_total_limit: int = flag(2, "Keep the newest N checkpoints; 0 keeps all.")
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "'latest' in --output_dir (a fresh start if there is none), or the path of a checkpoint-N folder.",
+    )
+
+    def __post_init__(self):
+        _require_text(self)
+        _require(
+            self,
+            "lora_r max_length per_device_train_batch_size gradient_accumulation_steps "
+            "per_device_eval_batch_size eval_steps logging_steps save_steps",
+            lambda value: value >= 1,
+            "at least 1",
+        )
+        _require(
+            self, "lora_alpha num_train_epochs learning_rate adam_epsilon", lambda value: value > 0, "above 0"
+        )
+        _require(self, "lora_dropout adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "in [0, 1)")
+        _require(self, "warmup_ratio", lambda value: 0 <= value <= 1, "in [0, 1]")
+        _require(
+            self,
+            "warmup_steps weight_decay max_grad_norm save_total_limit",
+            lambda value: value >= 0,
+            "0 or more",
+        )
+        _require(self, "seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
+        _require(self, "max_steps", lambda value: value == -1 or value >= 1, "-1 (off) or at least 1")
+        amount = self.held_out
+        if amount is not None and not (0 < amount < 1 or (amount >= 1 and amount % 1 == 0)):
+            raise ValueError(
+                "--validation_split must be a share in (0, 1), a whole number of rows or a split's name, "
+                f"not {self.validation_split}"
+            )
+        if amount is not None and self.validation_dataset:
+            raise ValueError(
+                f"--validation_split {self.validation_split} holds rows out of --dataset; beside "
+                "--validation_dataset it takes the name of a split"
+            )
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise ValueError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
+        for name in self.lora_target_modules:
+            if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
+                raise ValueError(f"--lora_target_modules takes names of layers, and {name!r} is none")
+        if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
+            raise ValueError("--lora_target_modules takes 'all-linear' or names of layers, not both")
+
+    @property
+    def held_out(self) -> float | None:
+        """--validation_split as an amount (below 1 a share, else rows), or None if it names a split."""
+        try:
+            return float(self.validation_split)
+        except (TypeError, ValueError):
+            return None
+
+    def check_given(self, given: set[str]) -> None:
+        """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
+        if self.adapter:
+            _refuse(
+                given,
+                "lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora",
+                "is fixed by the adapter given with --adapter",
+            )
+        if not self.load_in_4bit:
+            _refuse(
+                given, "bnb_4bit_quant_type bnb_4bit_use_double_quant", "means nothing with --no_load_in_4bit"
+            )
+        if self.report_to == "none":
+            _refuse(given, "run_name", "needs --report_to wandb")
+
+
+@dataclass
+class GenerateConfig:
+    # Model
+    model: str = dataclasses.field(
+        metadata={
+            "help": "Base model: a Hugging Face hub id or a local folder, the one the adapter was trained on."
+        }
+    )
+    adapter: str | None = flag(None, "LoRA adapter folder (or hub id). Without it the base answers.")
+    dtype: Literal["float16", "bfloat16", "float32"] = flag(
+        "float16", "Compute type; use the one of the training."
+    )
+    load_in_4bit: bool = flag(True, "Quantize the base to 4 bits, as it was in training.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type, as it was in training.")
+    bnb_4bit_use_double_quant: bool = flag(True, "Double quantization, as it was in training.")
+    trust_remote_code: bool = flag(False, "Let the model repository run its own Python code. Off for safety.")
+
+    # Prompts
+    prompt: str | None = flag(
+        None, "Answer this prompt. Without --prompt and --prompts_file: an interactive chat."
+    )
+    prompts_file: str | None = flag(
+        None,
+        "Answer every row of this file (txt: a prompt a line; json, jsonl, csv, parquet: a 'prompt' column "
+        "or the columns of the training format).",
+    )
+    output_file: str | None = flag(
+        None, "Where the answers to --prompts_file go. Default: beside it, as NAME.answers.jsonl."
+    )
+    batch_size: int = flag(8, "Prompts answered at once with --prompts_file (left-padded).")
+    dataset_format: Literal[
+        "auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"
+    ] = flag("auto", "How a prompt is wrapped. auto: as the adapter was trained, or plain text without one.")
+
+    # Sampling, under Hugging Face's names
+    max_new_tokens: int = flag(256, "Longest answer in tokens; it ends earlier at the end-of-sequence token.")
+    do_sample: bool = flag(False, "Sample instead of taking the likeliest token each time.")
+    temperature: float = flag(
+        1.0,
+        "Below 1 sharpens, above 1 flattens the distribution. Needs --do_sample. QLoRA evaluated Guanaco at "
+        "0.7.",
+    )
+    top_p: float = flag(
+        1.0,
+        "Sample from the smallest set of tokens that holds this probability. Needs --do_sample. QLoRA "
+        "evaluated Guanaco at 0.9.",
+    )
+    top_k: int = flag(50, "Sample from the k likeliest tokens; 0 for all. Needs --do_sample.")
+    repetition_penalty: float = flag(
+        1.0, "Above 1 discourages tokens that stand in the text (arXiv 1909.05858)."
+    )
+    seed: int = flag(42, "Seed of the sampling.")
+
+    def __post_init__(self):
+        _require_text(self)
+        _require(self, "batch_size max_new_tokens", lambda value: value >= 1, "at least 1")
+        _require(self, "temperature repetition_penalty", lambda value: value > 0, "above 0")
+        _require(self, "top_p", lambda value: 0 < value <= 1, "in (0, 1]")
+        _require(self, "top_k", lambda value: value >= 0, "0 or more")
+        _require(self, "seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
+        if self.prompt is not None and self.prompts_file:
+            raise ValueError("--prompt and --prompts_file exclude each other")
+        if self.output_file and not self.prompts_file:
+            raise ValueError("--output_file needs --prompts_file")
+
+    def check_given(self, given: set[str]) -> None:
+        """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
+        if not self.do_sample:
+            _refuse(given, "temperature top_p top_k seed", "needs --do_sample")
+        if not self.load_in_4bit:
+            _refuse(
+                given, "bnb_4bit_quant_type bnb_4bit_use_double_quant", "means nothing with --no_load_in_4bit"
+            )
+        if not self.prompts_file:
+            _refuse(given, "batch_size", "needs --prompts_file")
+
+
+def parse_args(config_class, argv: list[str] | None = None):
+    """Parse `argv` (default: the command line) into `config_class`; any mistake is one line and exit code 2.
+
+    HfArgumentParser.parse_args_into_dataclasses is avoided: it reads a stray `train.args` file and shows
+    tracebacks.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _OneLineParser(config_class, allow_abbrev=False)
+    values = vars(parser.parse_args(argv))
+    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    given = {word.removeprefix("no_") for word in words}
+    try:
+        config = config_class(**values)
+        config.check_given(given)
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+class _OneLineParser(HfArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _require(config, names: str, holds, limit: str) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        if value != value or value in (math.inf, -math.inf) or not holds(value):
+            raise ValueError(f"--{name} must be {limit}, not {value}")
+
+
+def _require_text(config) -> None:
+    """Refuse empty values, as an unset shell variable leaves them; an empty prompt is refused as a prompt."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, str) and not value.strip() and field.name != "prompt":
+            raise ValueError(f"--{field.name} is empty")
+
+
+def _refuse(given: set[str], names: str, why: str) -> None:
+    for name in names.split():
+        if name in given:
+            raise ValueError(f"--{name} {why}")

@@ -1,0 +1,335 @@
+"""Strict parsing: every mistake is one line on stderr and exit code 2."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora.config import GenerateConfig, TrainConfig, parse_args
+
+ROOT = Path(__file__).parent.parent
+BOTH = pytest.mark.parametrize("config_class", [TrainConfig, GenerateConfig])
+DIGITS = "9" * 400  # an int that no float can hold
+
+
+def parse(config_class, *argv):
+    return parse_args(config_class, ["--model", "m", *argv])
+
+
+def refusal(capsys, config_class, *argv):
+    """The one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as exit_:
+        parse(config_class, *argv)
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert out == "" and err.endswith("\n") and len(err.splitlines()) == 1 and ": error: " in err
+    return err
+
+
+# ---------------------------------------------------------------- refused
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--bogus", "1"], "--bogus"),
+        (["--bogus=1"], "--bogus=1"),
+        (["--trust"], "--trust"),  # the start of --trust_remote_code
+        (["--load_in"], "--load_in"),
+        (["-model", "m"], "-model"),
+        (["stray"], "stray"),
+        (["\u2013seed", "1"], "\u2013seed"),  # an en dash, as word processors and the QLoRA README write it
+        (["\u2014seed", "1"], "\u2014seed"),
+        (["--dtype", "half"], "half"),
+        (["--dtype"], "--dtype"),
+        (["--bnb_4bit_quant_type", "int8"], "int8"),
+        (["--load_in_4bit", "maybe"], "maybe"),
+        (["--model", ""], "--model is empty"),
+        (["--model", " "], "--model is empty"),
+        (["--adapter", ""], "--adapter"),  # as from an unset shell variable
+        (["--no_load_in_4bit", "--bnb_4bit_quant_type", "fp4"], "--bnb_4bit_quant_type"),
+        (["--no-load-in-4bit", "--bnb-4bit-use-double-quant", "1"], "--bnb_4bit_use_double_quant"),
+        (["--load_in_4bit=false", "--bnb_4bit_quant_type=fp4"], "--bnb_4bit_quant_type"),
+        (["--no_load_in_4bit", "--no_bnb_4bit_use_double_quant"], "bnb_4bit_use_double_quant"),
+    ],
+)
+def test_a_wrong_flag_is_refused_by_both_scripts(capsys, config_class, argv, named):
+    assert named in refusal(capsys, config_class, *argv)
+
+
+@BOTH
+def test_a_missing_model_is_refused(capsys, config_class):
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(config_class, [])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and "--model" in line
+
+
+NUMBERS = {
+    "lora_r": ["0", "-1", "1.5", "1e3", "nan", "x", ""],
+    "lora_alpha": ["0", "-16", "0.5"],
+    "lora_dropout": ["-0.1", "1", "1.5", "nan", "inf", "x"],
+    "num_train_epochs": ["0", "-1", "nan", "inf"],
+    "max_steps": ["0", "-2", "1.5", "inf"],
+    "max_length": ["0", "-1", "x"],
+    "per_device_train_batch_size": ["0", "-4"],
+    "gradient_accumulation_steps": ["0", "-4"],
+    "per_device_eval_batch_size": ["0"],
+    "learning_rate": ["0", "-1e-4", "-0.1", "nan", "inf", "-inf", "1e999", "2e-4x", "0,1"],
+    "warmup_ratio": ["-0.1", "1.1", "nan"],
+    "warmup_steps": ["-1", "0.5"],
+    "weight_decay": ["-0.1", "nan", "inf"],
+    "adam_beta1": ["-0.1", "1", "nan"],
+    "adam_beta2": ["1", "1.5", "nan"],
+    "adam_epsilon": ["0", "-1e-8", "nan", "inf"],
+    "max_grad_norm": ["-0.1", "nan", "inf"],
+    "seed": ["-1", "1.5", "4294967296", DIGITS],  # above 2**32 - 1, numpy takes no seed
+    "eval_steps": ["0", "-1"],
+    "logging_steps": ["0", "-1"],
+    "save_steps": ["0", "-1"],
+    "save_total_limit": ["-1", "x"],
+}
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [(name, value) for name, values in NUMBERS.items() for value in values],
+    ids=lambda text: text[:20],
+)
+def test_a_number_out_of_range_is_refused(capsys, name, value):
+    assert f"--{name}" in refusal(capsys, TrainConfig, f"--{name}", value)
+
+
+def test_every_number_has_a_limit():
+    numbers = {field.name for field in dataclasses.fields(TrainConfig) if field.type in (int, float)}
+    assert numbers == set(NUMBERS)
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--dataset", ""], "--dataset is empty"),
+        (["--split", " "], "--split is empty"),
+        (["--output_dir", ""], "--output_dir is empty"),
+        (["--dataset_text_field", ""], "--dataset_text_field is empty"),
+        (["--validation_split", ""], "--validation_split"),
+        (["--validation_dataset", ""], "--validation_dataset"),
+        (["--resume_from_checkpoint", ""], "--resume_from_checkpoint"),
+        (["--lora_target_modules"], "--lora_target_modules"),
+        (["--lora_target_modules", ""], "--lora_target_modules"),
+        (["--lora_target_modules", "q_proj", "\u2013lora_r", "8"], "\u2013lora_r"),  # no name of a layer
+        (["--lora_target_modules", "all-linear", "q_proj"], "all-linear"),
+        (["--learning", "1"], "--learning"),
+        (["--dataset_format", "sharegpt"], "sharegpt"),
+        (["--lr_scheduler_type", "polynomial"], "polynomial"),
+        (["--optim", "paged_adamw_4bit"], "paged_adamw_4bit"),
+        (["--gradient_checkpointing", "true"], "true"),
+        (["--report_to", "tensorboard"], "tensorboard"),
+        (["--run_name", "a"], "--run_name needs --report_to wandb"),
+        (["--validation_split", "0.1", "--validation_dataset", "d"], "--validation_dataset"),
+        (["--validation_split", "nan"], "--validation_split"),
+        (["--validation_split", "inf"], "--validation_split"),
+        (["--validation_split", "-1"], "--validation_split"),
+        (["--validation_split", "1.5"], "--validation_split"),  # neither a share nor a number of rows
+        (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "exclude each other"),
+        (["--adapter", "a", "--lora_r", "8"], "--lora_r is fixed by the adapter"),
+        (["--adapter", "a", "--lora-r=8"], "--lora_r is fixed by the adapter"),
+        (["--adapter", "a", "--lora_alpha", "8"], "--lora_alpha is fixed by the adapter"),
+        (["--adapter", "a", "--lora_dropout", "0.1"], "--lora_dropout is fixed by the adapter"),
+        (
+            ["--adapter", "a", "--lora_target_modules", "q_proj"],
+            "--lora_target_modules is fixed by the adapter",
+        ),
+        (["--use-rslora", "--adapter", "a"], "--use_rslora is fixed by the adapter"),
+        (["--use_dora", "true", "--adapter=a"], "--use_dora is fixed by the adapter"),
+    ],
+)
+def test_a_wrong_train_command_is_refused(capsys, argv, named):
+    assert named in refusal(capsys, TrainConfig, *argv)
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--prompt", "a", "--prompts_file", "b"], "exclude each other"),
+        (["--prompt", "", "--prompts_file", "b"], "exclude each other"),
+        (["--prompts_file", ""], "--prompts_file"),
+        (["--output_file", "a"], "--output_file needs --prompts_file"),
+        (["--prompt", "a", "--output_file", "b"], "--output_file needs --prompts_file"),
+        (["--batch_size", "2"], "--batch_size needs --prompts_file"),
+        (["--temperature", "0.7"], "--temperature needs --do_sample"),
+        (["--top_p", "0.9"], "--top_p needs --do_sample"),
+        (["--top-k=9"], "--top_k needs --do_sample"),
+        (["--seed", "1"], "--seed needs --do_sample"),
+        (["--do_sample", "false", "--seed", "1"], "--seed needs --do_sample"),
+        (["--do_sample", "--temperature", "0"], "--temperature"),
+        (["--do_sample", "--temperature", "nan"], "--temperature"),
+        (["--do_sample", "--top_p", "0"], "--top_p"),
+        (["--do_sample", "--top_p", "1.1"], "--top_p"),
+        (["--do_sample", "--top_k", "-1"], "--top_k"),
+        (["--do_sample", "--seed", "-1"], "--seed"),
+        (["--do_sample", "--seed", DIGITS], "--seed"),
+        (["--repetition_penalty", "0"], "--repetition_penalty"),
+        (["--repetition_penalty", "inf"], "--repetition_penalty"),
+        (["--max_new_tokens", "0"], "--max_new_tokens"),
+        (["--prompts_file", "a", "--batch_size", "0"], "--batch_size"),
+        (["--lora_r", "8"], "--lora_r"),
+    ],
+)
+def test_a_wrong_generate_command_is_refused(capsys, argv, named):
+    assert named in refusal(capsys, GenerateConfig, *argv)
+
+
+# ---------------------------------------------------------------- accepted
+
+
+@BOTH
+def test_without_flags_every_value_is_the_default(config_class):
+    assert parse(config_class) == config_class(model="m")
+
+
+def test_the_defaults_are_the_qlora_recipe():
+    config = parse(TrainConfig)
+    assert config.load_in_4bit and config.bnb_4bit_use_double_quant and config.completion_only_loss
+    assert (config.bnb_4bit_quant_type, config.dtype, config.optim) == ("nf4", "float16", "paged_adamw_8bit")
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (16, 16, 0.05)
+    assert config.lora_target_modules == ["q_proj", "v_proj"]
+    assert (config.learning_rate, config.lr_scheduler_type, config.warmup_ratio) == (2e-4, "cosine", 0.03)
+    assert (config.max_grad_norm, config.gradient_checkpointing) == (0.3, "all")
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 16
+    assert config.dataset == "timdettmers/openassistant-guanaco"
+
+
+def test_dashes_underscores_and_equals_signs_mean_the_same():
+    for argv in (["--lora_r", "8"], ["--lora-r", "8"], ["--lora_r=8"], ["--lora-r=8"]):
+        assert parse(TrainConfig, *argv).lora_r == 8
+
+
+@pytest.mark.parametrize(
+    "argv, value",
+    [
+        ([], True),
+        (["--load_in_4bit"], True),
+        (["--load-in-4bit", "yes"], True),
+        (["--load_in_4bit=1"], True),
+        (["--load_in_4bit", "False"], False),
+        (["--load_in_4bit", "no"], False),
+        (["--load_in_4bit=0"], False),
+        (["--no_load_in_4bit"], False),
+        (["--no-load-in-4bit"], False),
+    ],
+)
+def test_a_boolean_can_be_written_in_many_ways(argv, value):
+    assert parse(TrainConfig, *argv).load_in_4bit is value
+
+
+@pytest.mark.parametrize(
+    "argv, value",
+    [([], False), (["--use_dora"], True), (["--use-dora", "true"], True), (["--use_dora", "false"], False)],
+)
+def test_a_boolean_that_is_off_by_default(argv, value):
+    assert parse(TrainConfig, *argv).use_dora is value
+
+
+@pytest.mark.parametrize(
+    "argv, name, value",
+    [
+        (["--lora_target_modules", "k_proj", "down_proj"], "lora_target_modules", ["k_proj", "down_proj"]),
+        (["--lora_target_modules", "all-linear"], "lora_target_modules", ["all-linear"]),
+        (["--learning_rate", "1e-5"], "learning_rate", 1e-5),
+        (["--num_train_epochs", "0.5"], "num_train_epochs", 0.5),
+        (["--max_steps", "-1"], "max_steps", -1),
+        (["--max_grad_norm", "0"], "max_grad_norm", 0.0),
+        (["--save_total_limit", "0"], "save_total_limit", 0),
+        (["--warmup_ratio", "0"], "warmup_ratio", 0.0),
+        (["--lora_dropout", "0"], "lora_dropout", 0.0),
+        (["--seed", "4294967295"], "seed", 2**32 - 1),
+        (["--split", "train[:90%]"], "split", "train[:90%]"),
+        (["--validation_split", "0.05"], "validation_split", "0.05"),
+        (["--report_to", "wandb", "--run_name", "a b"], "run_name", "a b"),
+        (["--adapter", "a"], "adapter", "a"),
+        (["--validation_dataset", "d", "--validation_split", "test"], "validation_split", "test"),
+        (["--resume_from_checkpoint", "latest"], "resume_from_checkpoint", "latest"),
+    ],
+)
+def test_a_value_arrives_with_its_type(argv, name, value):
+    got = getattr(parse(TrainConfig, *argv), name)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "value, amount",
+    [("0.05", 0.05), (".5", 0.5), ("validation", None), ("train[:10]", None), ("val[5%:]", None)],
+)
+def test_an_amount_to_hold_out_is_told_from_the_name_of_a_split(value, amount):
+    assert parse(TrainConfig, "--validation_split", value).held_out == amount
+    assert parse(TrainConfig).held_out is None
+
+
+@pytest.mark.parametrize("prompt", ["", "-5", "-5 + 3 = ?", "--seed is a flag, top_p too", "a\nb", "\u2013x"])
+def test_a_prompt_may_look_odd(prompt):
+    assert parse(GenerateConfig, "--prompt", prompt).prompt == prompt
+
+
+def test_two_configs_do_not_share_their_list():
+    parse(TrainConfig).lora_target_modules.append("k_proj")
+    assert parse(TrainConfig).lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_a_stray_args_file_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "train.args").write_text("--lora_r 99\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "train.py"), "--model", "m"])
+    assert parse_args(TrainConfig).lora_r == 16
+
+
+# ---------------------------------------------------------------- help
+
+
+@BOTH
+def test_every_flag_has_a_help_text(config_class):
+    for field in dataclasses.fields(config_class):
+        text = field.metadata.get("help", "")
+        assert len(text) > 10 and text.endswith((".", ")")), field.name
+
+
+@BOTH
+def test_help_shows_every_flag_with_its_default(capsys, config_class):
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(config_class, ["--help"])
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0 and "%%" not in text
+    entries = dict(re.findall(r"^  --(\w+)[ ,](.*?)(?=^  -|\Z)", text, re.MULTILINE | re.DOTALL))
+    for field in dataclasses.fields(config_class)[1:]:
+        default = getattr(config_class(model="m"), field.name)
+        assert " ".join(entries[field.name].split()).endswith(f"(default: {default})"), field.name
+    assert "model" in entries
+
+
+def test_the_same_flag_means_the_same_in_both_scripts():
+    train, generate = (
+        {field.name: field.type for field in dataclasses.fields(config_class)}
+        for config_class in (TrainConfig, GenerateConfig)
+    )
+    shared = train.keys() & generate.keys()
+    assert {"model", "adapter", "dtype", "load_in_4bit", "dataset_format", "seed"} <= shared
+    assert {name: train[name] for name in shared} == {name: generate[name] for name in shared}
+
+
+# ---------------------------------------------------------------- the real command line
+
+
+def test_the_script_refuses_with_one_line_and_exit_code_2():
+    result = subprocess.run(
+        [sys.executable, "train.py", "--model", "m", "--bogus", "1"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "train.py: error: unrecognized arguments: --bogus 1\n"
