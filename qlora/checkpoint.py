@@ -1,0 +1,192 @@
+"""Saved adapters, and checkpoints from which a run resumes exactly. No pickle: safetensors and JSON only."""
+
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from qlora.errors import InputError
+from qlora.optim import optimizer_tensors, restore_optimizer
+
+ADAPTER = "adapter_model.safetensors"
+PROMPT_FORMAT = "prompt_format.json"
+STATE_TENSORS = "training_state.safetensors"
+STATE = "training_state.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is, and the sums that its next log line averages. Stored whole in a checkpoint."""
+
+    step: int = 0  # optimizer steps done; with the seed, this alone says which rows come next
+    tokens_seen: int = 0  # without padding
+    skipped_steps: int = 0  # steps that were not taken because their loss or gradient was not finite
+    window_steps: int = 0
+    window_loss: float = 0.0
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+
+    def record(self, loss: float | None, tokens: int, seconds: float) -> None:
+        """Count one finished step; `loss` is None if it was skipped."""
+        self.step += 1
+        self.tokens_seen += tokens
+        self.window_tokens += tokens
+        self.window_seconds += seconds
+        if loss is None:
+            self.skipped_steps += 1
+        else:
+            self.window_steps += 1
+            self.window_loss += loss
+
+    def close_window(self) -> dict[str, float]:
+        """The mean loss and speed since the last call, and the totals so far."""
+        values = {
+            "loss": self.window_loss / self.window_steps if self.window_steps else float("nan"),
+            "tokens_per_s": self.window_tokens / self.window_seconds,
+            "tokens_seen": self.tokens_seen,
+            "skipped_steps": self.skipped_steps,
+        }
+        self.window_steps, self.window_loss, self.window_tokens, self.window_seconds = 0, 0.0, 0, 0.0
+        return values
+
+
+def save_adapter(folder: Path, model, tokenizer, prompt_format: dict) -> None:
+    """Write a folder that PEFT and generate.py load: adapter, tokenizer, and how prompts are written."""
+    # save_embedding_layers: "auto" would ask the hub for the base's vocabulary; nothing here resizes it.
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # PEFT's model card is an empty form
+    tokenizer.save_pretrained(folder)
+    (folder / PROMPT_FORMAT).write_text(json.dumps(prompt_format, indent=2) + "\n")
+
+
+def save_final_adapter(output_dir: Path, model, tokenizer, prompt_format: dict) -> None:
+    """Save the adapter straight into `output_dir`, each file replaced as a whole."""
+    staging = output_dir / "adapter.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    save_adapter(staging, model, tokenizer, prompt_format)
+    for file in sorted(staging.iterdir()):
+        os.replace(file, output_dir / file.name)
+    staging.rmdir()
+
+
+def load_prompt_format(adapter: str) -> dict | None:
+    """The prompt format kept beside an adapter, or None if it was trained elsewhere."""
+    path = Path(adapter) / PROMPT_FORMAT
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def save_checkpoint(
+    output_dir: Path,
+    model,
+    tokenizer,
+    prompt_format: dict,
+    optimizer,
+    scaler,
+    names: list[str],
+    progress: Progress,
+    config: dict,
+    keep: int,
+) -> Path:
+    """Write checkpoint-N for the step in `progress`, then remove all but the newest `keep` (0: keep all).
+
+    The folder gets its name only when it is complete, so a listed checkpoint is a whole one. `names` are the
+    trained parameters' names in the optimizer's order; `config` is stored for the reader.
+    """
+    folder = output_dir / f"checkpoint-{progress.step}"
+    staging = output_dir / f"checkpoint-{progress.step}.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    save_adapter(staging, model, tokenizer, prompt_format)
+    tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(optimizer, names).items()}
+    save_file({**tensors, **_rng_tensors()}, staging / STATE_TENSORS)
+    version, numbers, gauss = random.getstate()
+    state = {
+        "progress": asdict(progress),
+        "scaler": scaler.state_dict(),
+        "python_rng": [version, list(numbers), gauss],
+        "config": config,
+    }
+    (staging / STATE).write_text(json.dumps(state, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(staging, folder)
+    for old in list_checkpoints(output_dir)[:-keep] if keep else []:
+        shutil.rmtree(old)
+    return folder
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint-N folders of a run, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint to resume from; None for a fresh start. Raises InputError if a given path is none."""
+    if resume_from is None:
+        return None
+    if resume_from == "latest":
+        return next(reversed(list_checkpoints(output_dir)), None)
+    if not (Path(resume_from) / STATE).is_file():
+        raise InputError(
+            f"--resume_from_checkpoint: {resume_from} is no checkpoint folder (it has no {STATE})"
+        )
+    return Path(resume_from)
+
+
+def load_checkpoint(folder: Path, model, optimizer, scaler, names: list[str]) -> Progress:
+    """Restore everything save_checkpoint wrote; raises InputError if it does not fit this run."""
+    try:
+        adapter = load_file(folder / ADAPTER)
+        tensors = load_file(folder / STATE_TENSORS)
+        state = json.loads((folder / STATE).read_text())
+    except Exception as error:  # safetensors has its own exception type, json and the file system have theirs
+        raise InputError(f"the checkpoint {folder} cannot be read: {error}") from error
+    try:
+        unfit = set_peft_model_state_dict(model, adapter)
+    except RuntimeError as error:  # shapes: its message has a line for each tensor
+        raise InputError(
+            f"the adapter in {folder} has other shapes than this run: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    lost = [key for key in unfit.missing_keys if "lora_" in key] + list(unfit.unexpected_keys)
+    if lost:
+        raise InputError(f"the adapter in {folder} does not fit this run's --lora_target_modules: {lost[0]}")
+    prefix = "optimizer/"
+    restore_optimizer(
+        optimizer,
+        names,
+        {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)},
+    )
+    scaler.load_state_dict(state["scaler"])
+    _restore_rng(tensors, state["python_rng"])
+    return Progress(**state["progress"])
+
+
+def _rng_tensors() -> dict[str, torch.Tensor]:
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    tensors = {
+        "rng/torch": torch.get_rng_state(),
+        "rng/numpy_keys": torch.from_numpy(keys.astype(np.int64)),
+        "rng/numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _restore_rng(tensors: dict[str, torch.Tensor], python_state: list) -> None:
+    torch.set_rng_state(tensors["rng/torch"])
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    position, has_gauss, gauss = tensors["rng/numpy_rest"].tolist()
+    np.random.set_state(
+        ("MT19937", tensors["rng/numpy_keys"].numpy().astype(np.uint32), int(position), int(has_gauss), gauss)
+    )
+    version, numbers, python_gauss = python_state
+    random.setstate((version, tuple(numbers), python_gauss))

@@ -1,0 +1,138 @@
+"""What a run says: the start screen, the progress bar, metrics.jsonl, and wandb, which can never stop it."""
+
+import json
+import math
+import os
+import threading
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class RunLog:
+    """A progress bar and metrics.jsonl in `output_dir`; with a tracker, its copy of the same numbers."""
+
+    def __init__(self, output_dir: Path, total_steps: int, first_step: int, tracker=None):
+        self.path = output_dir / "metrics.jsonl"
+        _keep_until(self.path, first_step)
+        self.file = open(self.path, "a", buffering=1)  # a line at a time: a kill loses none
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self.tracker = tracker
+
+    def step_done(self) -> None:
+        self.bar.update()
+
+    def train(self, **values: float) -> None:
+        """Log a training line; adds the peak memory where there is a card."""
+        if torch.cuda.is_available():
+            values["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self.bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
+            f"{values['tokens_per_s']:,.0f} tokens/s",
+            refresh=False,
+        )
+        self._write(values)
+
+    def evaluation(self, eval_loss: float, **position: float) -> None:
+        """Log a validation line with the perplexity, and print it above the bar."""
+        perplexity = math.exp(eval_loss) if eval_loss < 700 else math.inf
+        self.bar.write(
+            f"step {position['step']}: validation loss {eval_loss:.4f}, perplexity {perplexity:.3f}"
+        )
+        self._write(position | {"eval_loss": eval_loss, "eval_perplexity": perplexity})
+
+    def _write(self, values: dict[str, float]) -> None:
+        """Append a line; numbers that JSON does not know (inf, nan) become null."""
+        line = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        self.file.write(json.dumps(line) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(values)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.tracker is not None:
+            self.tracker.finish()
+
+
+class Wandb:
+    """A wandb run; whatever goes wrong with it costs one warning and the tracking, never the training."""
+
+    def __init__(self, output_dir: Path, name: str, config: dict, is_resumed: bool, seconds: float = 30):
+        self.seconds = seconds  # longest wait for an answer; at the start and at the end it may come to that
+        self.run = self._guard(
+            "start", _start_wandb, output_dir / "wandb_run_id", name, config, is_resumed, seconds
+        )
+
+    def log(self, values: dict) -> None:
+        if self.run is not None:
+            self._guard("log", self.run.log, values, values["step"])
+
+    def finish(self) -> None:
+        if self.run is not None:
+            self._guard("finish", self.run.finish)
+
+    def _guard(self, what: str, call, *arguments):
+        """Return what the call returns; if it fails or takes too long, warn and stop tracking."""
+        results, failures = [], []
+
+        def guarded():
+            try:
+                results.append(call(*arguments))
+            except BaseException as error:  # wandb's client also raises SystemExit and KeyboardInterrupt
+                failures.append(str(error).strip() or type(error).__name__)
+
+        thread = threading.Thread(target=guarded, daemon=True)
+        thread.start()
+        thread.join(self.seconds + 5)
+        if results:
+            return results[0]
+        reason = failures[0].splitlines()[0] if failures else "no answer"
+        tqdm.write(
+            f"wandb could not {what} ({reason}): training goes on without it, metrics.jsonl has all numbers"
+        )
+        self.run = None
+
+
+def _start_wandb(id_file: Path, name: str, config: dict, is_resumed: bool, seconds: float):
+    """Start a run in the project $WANDB_PROJECT (default: qlora), or continue the one of `id_file`."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        wandb.login(prompt=False)  # raises without a key, instead of asking a terminal that nobody watches
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "qlora"),
+        name=name,
+        config=config,
+        resume="allow",
+        id=id_file.read_text() if is_resumed and id_file.exists() else None,
+        settings=wandb.Settings(init_timeout=seconds),
+    )
+    id_file.write_text(run.id)
+    return run
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines after `step`: a resumed run writes those steps again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):  # a line cut short by a kill
+            continue
+    staging = path.with_suffix(".tmp")
+    staging.write_text("".join(kept))
+    os.replace(staging, path)
+
+
+def start_screen(**facts: str) -> str:
+    """The facts of a run, one a line."""
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())

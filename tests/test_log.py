@@ -1,0 +1,96 @@
+"""metrics.jsonl, and a tracker that is missing, unreachable or silent: none of it may stop or delay a run."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from qlora.log import RunLog, Wandb
+from tests.conftest import ROOT
+
+
+def line(step, **values):
+    return {"step": step, "loss": 1.0, "learning_rate": 1e-4, "tokens_per_s": 10.0} | values
+
+
+def test_metrics_lines_survive_a_resume_and_stay_valid_json(tmp_path):
+    log = RunLog(tmp_path, total_steps=4, first_step=0)
+    for step in (1, 2, 3):
+        log.train(**line(step, grad_norm=math.inf))
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # cut short by a kill
+    log = RunLog(tmp_path, total_steps=4, first_step=2)  # resumed from a checkpoint of step 2
+    log.train(**line(3, loss=0.5))
+    log.close()
+    lines = [json.loads(text, parse_constant=pytest.fail) for text in open(tmp_path / "metrics.jsonl")]
+    assert [(entry["step"], entry["loss"]) for entry in lines] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+    assert lines[0]["grad_norm"] is None
+
+
+WANDB_RUN = """
+import sys
+from pathlib import Path
+from qlora.log import Wandb
+tracker = Wandb(Path(sys.argv[1]), "name", {"a": 1}, is_resumed=False, seconds=2)
+tracker.log({"step": 1, "loss": 0.5})
+tracker.finish()
+print("training went on", flush=True)
+"""
+
+
+@pytest.fixture
+def silent_server():
+    """Accepts connections and never answers."""
+    server = socket.create_server(("127.0.0.1", 0))
+    held = []
+
+    def accept():
+        try:
+            while True:
+                held.append(server.accept())
+        except OSError:
+            return
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    server.close()
+
+
+@pytest.mark.parametrize("trouble", ["no key", "unreachable", "silent"])
+def test_a_tracker_in_trouble_costs_one_warning(trouble, silent_server, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    if trouble != "no key":
+        address = silent_server if trouble == "silent" else "http://127.0.0.1:9"  # port 9: nobody listens
+        environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address}
+    started = time.time()
+    result = subprocess.run(
+        [sys.executable, "-c", WANDB_RUN, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "training went on" in result.stdout
+    assert (result.stdout + result.stderr).count("training goes on without it") == 1
+    assert time.time() - started < 40
+
+
+def test_a_tracker_that_fails_later_is_dropped(tmp_path, capsys):
+    tracker = Wandb(tmp_path, "name", {}, is_resumed=False)  # WANDB_MODE=disabled: starts offline
+    assert tracker.run is not None
+    tracker.run.log = lambda *_: 1 / 0
+    tracker.log({"step": 1, "loss": 1.0})
+    tracker.log({"step": 2, "loss": 1.0})
+    assert tracker.run is None
+    assert capsys.readouterr().out.count("wandb could not log") == 1
