@@ -1,0 +1,81 @@
+"""Make a small Llama with random weights, and a tokenizer learned from a file of rows: no download needed.
+
+python demo/make_base.py demo/rows.jsonl outputs/demo-base
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+
+
+def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that works as Llama 2's: BPE, spaces written as U+2581, unknown characters as bytes."""
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[UNK, BOS, EOS, *byte_tokens],
+        show_progress=False,
+        max_token_length=16,
+    )
+    # Llama's merges stay within words and apart from punctuation; training on such pieces gives such merges.
+    pieces = (
+        piece for text in texts for piece in re.findall(r"▁?(?:\w+|[^\w▁]+)|▁", f"▁{text}".replace(" ", "▁"))
+    )
+    tokenizer.train_from_iterator(pieces, trainer)
+    # Bytes are ordinary tokens: were they special, decoding would leave them out.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in (UNK, BOS, EOS)]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    # Set only now: in training it would put a second space in front of every piece.
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token=UNK)
+
+
+def make_base(folder: str | Path, texts: list[str], vocab_size: int = 1024, seed: int = 0, **sizes) -> None:
+    """Write model and tokenizer to `folder`; `sizes` go to LlamaConfig."""
+    tokenizer = make_tokenizer(texts, vocab_size)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+        **sizes,
+    )
+    with torch.no_grad():
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    rows_file, folder = sys.argv[1:]
+    rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
+    # LoRA leaves embeddings and output head as they are: with Llama's initializer_range of 0.02 the logits of
+    # so small a model stay too flat for any adapter to be sure of a word.
+    make_base(
+        folder,
+        [value for row in rows for value in row.values()],
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.08,
+    )
+    print(f"a random Llama and its tokenizer are in {folder}")

@@ -1,0 +1,103 @@
+"""A tiny random Llama, a tokenizer made on the spot, and rows to train on; all offline, on the CPU."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of transformers
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from demo.make_base import make_base, make_tokenizer  # noqa: E402
+
+# Double quantization on the CPU depends on the number of threads: identity needs it fixed.
+torch.set_num_threads(1)
+
+COLORS = ["red", "green", "blue", "white", "black", "brown"]
+THINGS = ["leaf", "cloud", "river", "stone", "house", "apple tree", "very old wooden boat"]
+ROWS = [
+    {
+        "prompt": f"What does a {color} {thing} look like?",
+        "completion": f"A {color} {thing} is {color} all over.",
+    }
+    for color in COLORS
+    for thing in THINGS
+]
+TEXTS = [f"{row['prompt']} {row['completion']}" for row in ROWS] + [
+    "### Human: ### Assistant: [INST] [/INST]"
+]
+
+
+@pytest.fixture(scope="session")
+def session_tokenizer():
+    return make_tokenizer(TEXTS, vocab_size=448)
+
+
+@pytest.fixture
+def tokenizer(session_tokenizer, tmp_path):
+    """A tokenizer of the test's own, which it may change."""
+    session_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return type(session_tokenizer).from_pretrained(tmp_path / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> str:
+    """Folder of a two-layer Llama with random weights and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    make_base(
+        folder,
+        TEXTS,
+        vocab_size=448,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+    )
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> str:
+    """42 prompt/completion rows of different lengths."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+@pytest.fixture
+def run(base, rows_file, tmp_path):
+    """Run train.py's train() on the tiny base in this process; returns (model, output folder)."""
+    import train
+    from qlora.config import TrainConfig, parse_args
+
+    def run(*flags: str, out: str = "out", model: str = base, dataset: str = rows_file):
+        flags = [word for flag in flags for word in flag.split()]
+        argv = [
+            "--model",
+            model,
+            "--dataset",
+            dataset,
+            "--output_dir",
+            str(tmp_path / out),
+            "--dtype",
+            "float32",
+            "--learning_rate",
+            "3e-3",
+            *flags,
+        ]
+        if "--adapter" not in flags:
+            argv[6:6] = ["--lora_dropout", "0"]
+        return train.train(parse_args(TrainConfig, argv)), tmp_path / out
+
+    return run

@@ -1,0 +1,417 @@
+"""The loop as it stands: gradients, clipping, overflow, what is trained, resume, evaluation, the Trainer."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from qlora.checkpoint import ADAPTER, STATE_TENSORS
+from qlora.data import read_rows, tokenize_rows
+from qlora.evaluate import evaluate_loss
+from qlora.generation import generate
+from qlora.model import load_base
+from tests.conftest import ROOT, ROWS
+
+
+def first_gradient(run, *flags: str, out: str = "out") -> dict[str, torch.Tensor]:
+    """The gradient of step 1 as the optimizer got it: AdamW's first moment is then (1 - beta1) times it."""
+    _, folder = run("--optim adamw_torch --max_steps 1 --save_steps 1", *flags, out=out)
+    tensors = load_file(folder / "checkpoint-1" / STATE_TENSORS)
+    return {name: tensor / 0.1 for name, tensor in tensors.items() if name.endswith("/exp_avg")}
+
+
+def norm(tensors: dict[str, torch.Tensor]) -> float:
+    return torch.stack([tensor.double().norm() for tensor in tensors.values()]).norm().item()
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / ADAPTER)
+
+
+def assert_same(left: dict, right: dict):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def batch(rows: int, accumulation: int) -> str:
+    return f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}"
+
+
+def test_the_split_into_micro_batches_does_not_change_the_gradient(run):
+    whole = first_gradient(run, "--max_grad_norm 0", batch(8, 1), out="8x1")
+    for rows, accumulation in ((1, 8), (2, 4)):
+        split = first_gradient(
+            run, "--max_grad_norm 0", batch(rows, accumulation), out=f"{rows}x{accumulation}"
+        )
+        difference = {name: split[name] - whole[name] for name in whole}
+        assert norm(difference) < 1e-5 * norm(whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_clipping_sees_unscaled_gradients(run, dtype):
+    true_norm = norm(first_gradient(run, "--max_grad_norm 0", out="unclipped"))
+    assert true_norm > 0.05
+    clipped = first_gradient(run, f"--max_grad_norm 0.05 --dtype {dtype}", out="clipped")
+    assert norm(clipped) == pytest.approx(0.05, rel=1e-3)
+    logged = metrics(run(f"--max_steps 1 --dtype {dtype}", out="logged")[1])[0]["grad_norm"]
+    assert logged == pytest.approx(true_norm, rel=0.02)
+
+
+def test_an_overflow_leaves_the_weights_unchanged_and_halves_the_scale(run, base, tmp_path):
+    model = load_base(base, torch.float32, torch.device("cpu"), load_in_4bit=False)
+    model.lm_head.weight.data *= 300  # gradients that overflow float16 at the first scale of 65536
+    model.save_pretrained(tmp_path / "steep")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{file}", tmp_path / "steep")
+    flags = "--dtype float16 --warmup_ratio 0 --lr_scheduler_type constant --max_steps 2 --save_steps 1"
+    _, folder = run(flags, "--logging_steps 1", model=str(tmp_path / "steep"))
+    first = metrics(folder)[0]
+    assert first["skipped_steps"] == 1
+    assert first["loss"] is None and first["grad_norm"] is None
+    state = json.loads((folder / "checkpoint-1" / "training_state.json").read_text())
+    assert state["scaler"]["scale"] == 2**15
+    saved = adapter(folder / "checkpoint-1")
+    assert all(not tensor.any() for name, tensor in saved.items() if "lora_B" in name)  # as LoRA starts
+    assert not any(
+        "exp_avg" in name or "state1" in name for name in load_file(folder / "checkpoint-1" / STATE_TENSORS)
+    )
+
+
+def test_only_lora_is_trained_and_the_base_stays_bit_identical(run, base):
+    model, folder = run("--max_steps 4 --save_steps 4")
+    assert all(
+        "lora_" in name for name in load_file(folder / "checkpoint-4" / STATE_TENSORS) if "optimizer/" in name
+    )
+    assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
+    fresh = load_base(base, torch.float32, torch.device("cpu")).state_dict()
+    trained = {
+        name.replace(".base_layer", ""): value
+        for name, value in model.get_base_model().state_dict().items()
+        if "lora_" not in name
+    }
+    assert_same(trained, fresh)
+    assert any(tensor.any() for name, tensor in adapter(folder).items() if "lora_B" in name)
+
+
+def test_loss_falls_in_every_dtype(run):
+    for dtype in ("float32", "bfloat16", "float16"):
+        _, folder = run(
+            "--num_train_epochs 6 --logging_steps 1 --lora_target_modules all-linear",
+            f"--dtype {dtype}",
+            "--learning_rate 1e-2",
+            out=dtype,
+        )
+        losses = [line["loss"] for line in metrics(folder) if line["loss"] is not None]
+        assert losses[-1] < 0.6 * losses[0], dtype
+
+
+RESUME_FLAGS = (
+    "--max_steps 6 --save_steps 3 --logging_steps 2 --lora_r 64 --lora_dropout 0.1 --save_total_limit 0"
+)
+
+
+def rest_of_state(folder) -> dict:
+    """Progress, scaler and Python's random state at the end; not the clock, nor how the run was started."""
+    state = json.loads((folder / "checkpoint-6" / "training_state.json").read_text())
+    del state["progress"]["window_seconds"], state["config"]
+    return state
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--optim paged_adamw_8bit",
+        "--optim adamw_8bit --dtype float16",
+        "--optim paged_adamw_32bit --group_by_length",
+        "--optim adamw_torch --dtype bfloat16 --gradient_checkpointing none",
+    ],
+)
+def test_resume_equals_an_uninterrupted_run_bit_by_bit(run, flags):
+    _, folder = run(RESUME_FLAGS, flags)
+    want, want_metrics = adapter(folder), metrics(folder)
+    want_state, want_rest = load_file(folder / "checkpoint-6" / STATE_TENSORS), rest_of_state(folder)
+    if "8bit" in flags:
+        assert any(
+            tensor.dtype == torch.uint8 for name, tensor in want_state.items() if name.endswith("/state1")
+        )
+    shutil.rmtree(folder / "checkpoint-6")  # as if killed after step 3
+    (folder / ADAPTER).unlink()
+    run(RESUME_FLAGS, flags, "--resume_from_checkpoint latest")
+    assert_same(adapter(folder), want)
+    assert_same(load_file(folder / "checkpoint-6" / STATE_TENSORS), want_state)
+    assert rest_of_state(folder) == want_rest
+    for line in (*want_metrics, *(resumed := metrics(folder))):
+        del line["tokens_per_s"]
+    assert resumed == want_metrics
+
+
+def test_evaluation_and_generation_in_the_middle_change_nothing(run, base, rows_file, monkeypatch):
+    flags = "--max_steps 5 --lora_dropout 0.1"
+    want = adapter(run(flags, "--validation_dataset", rows_file, "--eval_steps 100", out="plain")[1])
+    calls = []
+
+    def evaluate_and_generate(model, *arguments):
+        generate(
+            model,
+            train.load_tokenizer(base),
+            [[1, 300, 301]],
+            arguments[-2],
+            max_new_tokens=4,
+            do_sample=True,
+        )
+        calls.append(model.training)
+        return evaluate_loss(model, *arguments)
+
+    monkeypatch.setattr(train, "evaluate_loss", evaluate_and_generate)
+    got = adapter(run(flags, "--validation_dataset", rows_file, "--eval_steps 1", out="watched")[1])
+    assert calls == [True] * 5
+    assert_same(got, want)
+
+
+def test_evaluation_is_the_mean_over_tokens(run, tokenizer, rows_file):
+    model, folder = run("--max_steps 2 --validation_dataset", rows_file, "--per_device_eval_batch_size 5")
+    rows = tokenize_rows(read_rows(rows_file, "train"), tokenizer)
+    total = 0.0
+    model.eval()
+    for input_ids, labels in (rows[index] for index in range(len(rows))):
+        with torch.no_grad():
+            logits = model(input_ids=input_ids.long().unsqueeze(0)).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels[1:].long(), reduction="sum").item()
+    (logged,) = [line for line in metrics(folder) if "eval_loss" in line]
+    assert logged["eval_loss"] == pytest.approx(total / rows.targets, rel=1e-5)
+    assert logged["eval_perplexity"] == pytest.approx(
+        torch.tensor(total / rows.targets).exp().item(), rel=1e-5
+    )
+
+
+def test_max_steps_wins_and_an_epoch_ends_with_a_smaller_step(run):
+    _, folder = run("--num_train_epochs 2 --logging_steps 1", out="epochs")  # 42 rows: 16 + 16 + 10
+    lines = metrics(folder)
+    assert [line["epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2], abs=1e-4)
+    assert lines[2]["tokens_seen"] * 2 == lines[5]["tokens_seen"]  # every row once an epoch
+    _, folder = run("--num_train_epochs 9 --max_steps 2 --logging_steps 1", out="steps")
+    assert [line["step"] for line in metrics(folder)] == [1, 2]
+
+
+def test_checkpoints_rotate(run):
+    _, folder = run("--max_steps 5 --save_steps 1 --save_total_limit 2")
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_an_earlier_run_is_not_overwritten_unless_asked(run):
+    run("--max_steps 2")
+    with pytest.raises(train.InputError, match="holds an earlier run"):
+        run("--max_steps 2")
+    run("--max_steps 1 --overwrite_output_dir")
+
+
+def test_an_adapter_can_be_trained_further(run, tmp_path):
+    _, first = run("--max_steps 3 --lora_r 4 --lora_target_modules k_proj", out="first")
+    _, second = run("--max_steps 3 --adapter", str(first), out="second")
+    before, after = adapter(first), adapter(second)
+    assert {name: tensor.shape for name, tensor in before.items()} == {
+        name: t.shape for name, t in after.items()
+    }
+    assert not torch.equal(*(next(iter(tensors.values())) for tensors in (before, after)))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--use_rslora",
+        "--use_dora",
+        "--bnb_4bit_quant_type fp4",
+        "--no_bnb_4bit_use_double_quant",
+        "--no_load_in_4bit",
+    ],
+)
+def test_variants_train_and_load_back_with_peft(run, base, flags):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    _, folder = run("--max_steps 3", flags)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    config = loaded.peft_config["default"]
+    assert (config.use_rslora, config.use_dora) == ("rslora" in flags, "dora" in flags)
+    weights = {
+        name.replace(".default", ""): value for name, value in loaded.state_dict().items() if "lora_" in name
+    }
+    assert any(value.any() for name, value in weights.items() if "lora_B" in name)
+
+
+def test_a_4_bit_checkpoint_is_loaded_as_it_is(run, base, tmp_path):
+    quantized = load_base(base, torch.bfloat16, torch.device("cpu"), quant_type="fp4", double_quant=False)
+    quantized.save_pretrained(tmp_path / "fp4")
+    train.load_tokenizer(base).save_pretrained(tmp_path / "fp4")
+    model, _ = run("--max_steps 2", model=str(tmp_path / "fp4"))
+    layer = model.get_base_model().model.layers[0].self_attn.k_proj
+    assert layer.weight.quant_state.quant_type == "fp4" and not layer.weight.quant_state.nested
+    assert layer.compute_dtype == torch.float32
+    with pytest.raises(train.InputError, match="already 4-bit"):
+        run("--max_steps 2 --no_load_in_4bit", model=str(tmp_path / "fp4"), out="refused")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--lora_target_modules q_proj nope", "no linear layer named 'nope'"),
+        ("--split test", "single file"),
+        ("--validation_split 0.001", "asks for 0 validation"),
+        ("--resume_from_checkpoint nowhere", "no checkpoint folder"),
+    ],
+)
+def test_mistakes_get_one_line(run, flags, message):
+    with pytest.raises(train.InputError, match=message):
+        run("--max_steps 1", flags)
+
+
+def test_loss_is_that_of_the_transformers_trainer(run, base, rows_file, tmp_path):
+    """50 steps of transformers' own Trainer with PEFT on the same rows in the same order, fp32."""
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    from qlora.data import StepOrder
+
+    flags = "--split train[:40] --max_steps 50 --logging_steps 1 --optim adamw_torch --save_steps 100"
+    _, folder = run(flags, batch(4, 2))  # 40 rows: an epoch is five whole steps, as the Trainer counts them
+    ours = torch.tensor([line["loss"] for line in metrics(folder)])
+
+    tokenizer = train.load_tokenizer(base)
+    rows = tokenize_rows(read_rows(rows_file, "train[:40]"), tokenizer)
+    order = StepOrder(rows.lengths, 8, seed=42)
+    examples = [rows[index] for step in range(50) for index in order.rows(step)]
+    model = load_base(base, torch.float32, torch.device("cpu"))
+    set_seed(42)
+    model = get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+
+    def collate(rows):
+        return {
+            "input_ids": torch.nn.utils.rnn.pad_sequence([ids.long() for ids, _ in rows], batch_first=True),
+            "attention_mask": torch.nn.utils.rnn.pad_sequence(
+                [torch.ones(len(ids)) for ids, _ in rows], True
+            ),
+            "labels": torch.nn.utils.rnn.pad_sequence([labels.long() for _, labels in rows], True, -100),
+        }
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return SequentialSampler(self.train_dataset)
+
+    trainer = InOrder(
+        model=model,
+        train_dataset=examples,
+        data_collator=collate,
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "trainer"),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            max_steps=50,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=2,
+            max_grad_norm=0.3,
+            optim="adamw_torch",
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            seed=42,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        ),
+    )
+    trainer.train()
+    theirs = torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    difference = (ours - theirs).abs()
+    assert ours[-1] < 0.9 * ours[0]
+    assert difference.max() < 1e-3 and difference.mean() < 1e-4
+
+
+def test_the_command_line_trains_and_generates(base, rows_file, tmp_path):
+    out = str(tmp_path / "out")
+    result = subprocess.run(
+        [
+            sys.executable,
+            "train.py",
+            "--model",
+            base,
+            "--dataset",
+            rows_file,
+            "--output-dir",
+            out,
+            "--dtype",
+            "float32",
+            "--max_steps",
+            "3",
+            "--validation_split",
+            "0.1",
+            "--report_to",
+            "wandb",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 0, result.stderr
+    for fact in (
+        "38 rows read = 38 used + 0 dropped",
+        "float32 on the CPU",
+        "does not page",
+        "trainable parameters",
+    ):
+        assert fact in result.stdout
+    assert "Traceback" not in result.stderr
+    result = subprocess.run(
+        [
+            sys.executable,
+            "generate.py",
+            "--model",
+            base,
+            "--adapter",
+            out,
+            "--dtype",
+            "float32",
+            "--prompt",
+            ROWS[0]["prompt"],
+            "--max_new_tokens",
+            "5",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model", "no-such-org/no-such-model"], "no-such-org/no-such-model"),
+        (["--model", "{base}", "--dataset", "no-such-org/no-such-data"], "no-such-org/no-such-data"),
+        (["--model", "{base}", "--dataset", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_a_missing_model_or_data_set_is_one_line(base, tmp_path, flags, message):
+    flags = [flag.format(base=base) for flag in flags]
+    result = subprocess.run(
+        [sys.executable, "train.py", *flags, "--output_dir", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1

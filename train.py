@@ -1,0 +1,234 @@
+"""Fine-tune a causal language model with QLoRA: python train.py --model meta-llama/Llama-2-7b-hf
+
+The whole run in the order it happens: train() sets up, then loops. Flags: qlora/config.py.
+"""
+
+import dataclasses
+import math
+import shutil
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn.utils import clip_grad_norm_
+
+from qlora.checkpoint import (
+    ADAPTER,
+    Progress,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    save_final_adapter,
+)
+from qlora.config import TrainConfig, parse_args
+from qlora.data import (
+    StepOrder,
+    TokenizedRows,
+    check_vocabulary,
+    hold_out,
+    micro_batches,
+    read_rows,
+    to_device,
+    tokenize_rows,
+)
+from qlora.errors import InputError
+from qlora.evaluate import evaluate_loss
+from qlora.log import RunLog, Wandb, start_screen
+from qlora.loss import has_plain_head, next_token_loss
+from qlora.model import (
+    add_adapter,
+    base_memory_bytes,
+    check_adapter,
+    check_gradients,
+    load_adapter,
+    load_base,
+    load_config,
+    load_tokenizer,
+    prepare_for_training,
+)
+from qlora.optim import build_optimizer, lr_at
+
+
+def train(config: TrainConfig):
+    """Run a whole training; returns the trained model. Raises InputError for what the user can put right."""
+    output_dir = Path(config.output_dir)
+    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+    prepare_output_dir(output_dir, config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, config.dtype)
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    # Data before the model: a bad row should not cost the minutes that loading takes.
+    if config.adapter:
+        check_adapter(config.adapter)
+    tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
+    pad_id = tokenizer.eos_token_id  # padding is told apart by position, never by its id, so any id serves
+    train_rows, validation_rows = load_data(config, tokenizer)
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    order = StepOrder(train_rows.lengths, rows_per_step, config.seed, config.group_by_length)
+    total_steps = math.ceil(config.num_train_epochs * order.steps_per_epoch)
+    if config.max_steps > 0:
+        total_steps = config.max_steps
+    warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+
+    base = load_base(
+        config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
+        config.bnb_4bit_use_double_quant, config.trust_remote_code,
+    )  # fmt: skip
+    transformers.set_seed(config.seed)  # before the adapter: its A matrices start at random
+    if config.adapter:
+        model = load_adapter(base, config.adapter, is_trainable=True)
+    else:
+        model = add_adapter(
+            base, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules,
+            config.use_rslora, config.use_dora,
+        )  # fmt: skip
+    trainable = prepare_for_training(model, config.gradient_checkpointing == "all")
+    names, parameters = zip(*trainable)
+    plain_head = has_plain_head(model)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = build_optimizer(config.optim, parameters, config.weight_decay, betas, config.adam_epsilon)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    progress = load_checkpoint(checkpoint, model, optimizer, scaler, names) if checkpoint else Progress()
+
+    evaluate = partial(
+        evaluate_loss, model, validation_rows, config.per_device_eval_batch_size, pad_id, autocast, plain_head
+    )
+    prompt_format = {"dataset_format": train_rows.row_format, "dataset_text_field": config.dataset_text_field}
+    save = partial(
+        save_checkpoint, output_dir, model, tokenizer, prompt_format, optimizer, scaler, names, progress,
+        config=dataclasses.asdict(config), keep=config.save_total_limit,
+    )  # fmt: skip
+    print(
+        describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint), flush=True
+    )
+    tracker = None
+    if config.report_to == "wandb":
+        run_name = config.run_name or output_dir.name
+        tracker = Wandb(output_dir, run_name, dataclasses.asdict(config), is_resumed=checkpoint is not None)
+    log = RunLog(output_dir, total_steps, progress.step, tracker)
+
+    for step in range(progress.step, total_steps):
+        started = time.perf_counter()
+        learning_rate = lr_at(step, total_steps, warmup_steps, config.learning_rate, config.lr_scheduler_type)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        # All micro-batches first: the loss is a mean over every target of the step, so their number must be
+        # known before the first backward. A mean of micro-batch means would weigh short answers too heavily.
+        indices = order.rows(step)
+        batches = micro_batches(train_rows, indices, config.per_device_train_batch_size, pad_id)
+        targets = sum(len(batch["target_ids"]) for batch in batches)
+        step_loss = torch.zeros((), device=device)
+        for batch in batches:
+            with autocast():
+                loss = next_token_loss(model, to_device(batch, device), plain_head) / targets
+            scaler.scale(loss).backward()  # scaled: small float16 gradients would underflow to 0
+            step_loss += loss.detach()  # stays on the device: nothing waits between micro-batches
+
+        scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
+        grad_norm = clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+        step_loss, grad_norm = torch.stack(
+            [step_loss, grad_norm]
+        ).tolist()  # here the host waits for the device
+        if step == 0:
+            check_gradients(trainable)
+        is_finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
+        if is_finite:
+            scaler.step(optimizer)
+        scaler.update()  # after an overflow the weights are as they were, and the next scale is smaller
+        optimizer.zero_grad(set_to_none=True)
+
+        tokens = int(order.lengths[indices].sum())
+        progress.record(step_loss if is_finite else None, tokens, time.perf_counter() - started)
+        position = {"step": progress.step, "epoch": round(progress.step / order.steps_per_epoch, 4)}
+        is_last = progress.step == total_steps
+        log.step_done()
+        if progress.step % config.logging_steps == 0 or is_last:
+            log.train(**position, learning_rate=learning_rate, grad_norm=grad_norm, **progress.close_window())
+        if validation_rows and (progress.step % config.eval_steps == 0 or is_last):
+            log.evaluation(**position, eval_loss=evaluate())
+        if progress.step % config.save_steps == 0 or is_last:
+            save()
+
+    save_final_adapter(output_dir, model, tokenizer, prompt_format)
+    log.close()
+    ask = f"python generate.py --model {config.model} --adapter {output_dir} --dtype {config.dtype} --prompt"
+    print(f'adapter saved in {output_dir}; ask it: {ask} "..."')
+    return model
+
+
+def prepare_output_dir(output_dir: Path, config: TrainConfig) -> None:
+    """Create the folder; refuse one that cannot be written or that holds a run this one would overwrite."""
+    earlier = [*list_checkpoints(output_dir), *output_dir.glob(ADAPTER), *output_dir.glob("metrics.jsonl")]
+    if earlier and config.overwrite_output_dir:
+        for path in earlier:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif earlier and config.resume_from_checkpoint is None:
+        raise InputError(
+            f"--output_dir {output_dir} holds an earlier run ({earlier[0].name}): go on with it by "
+            "--resume_from_checkpoint latest, delete it by --overwrite_output_dir, or give another folder"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
+
+
+def load_data(config: TrainConfig, tokenizer) -> tuple[TokenizedRows, TokenizedRows | None]:
+    """Training and validation rows, tokenized and checked against the model's configuration."""
+    model_config = load_config(config.model, config.trust_remote_code).get_text_config()
+    max_length = min(config.max_length, getattr(model_config, "max_position_embeddings", config.max_length))
+    if max_length < config.max_length:
+        print(f"--max_length {config.max_length} is more than the model's context: {max_length} is used.")
+    tokenize = partial(
+        tokenize_rows, tokenizer=tokenizer, text_field=config.dataset_text_field, max_length=max_length,
+        completion_only_loss=config.completion_only_loss,
+    )  # fmt: skip
+    rows = read_rows(config.dataset, config.split, config.dataset_config)
+    train_rows = tokenize(rows, row_format=config.dataset_format, name=config.dataset)
+    validation_rows = None
+    if config.held_out is not None:
+        train_rows, validation_rows = hold_out(train_rows, config.held_out, config.seed)
+    elif config.validation_split or config.validation_dataset:
+        dataset, split = config.validation_dataset or config.dataset, config.validation_split or "train"
+        rows = read_rows(dataset, split, None if config.validation_dataset else config.dataset_config)
+        validation_rows = tokenize(rows, row_format=train_rows.row_format, name=f"{dataset} ({split})")
+    for rows in filter(None, (train_rows, validation_rows)):
+        check_vocabulary(rows, model_config.vocab_size)
+    return train_rows, validation_rows
+
+
+def describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint) -> str:
+    """The start screen."""
+    trained, total = model.get_nb_trainable_parameters()
+    quantization = model.get_base_model().config.to_dict().get("quantization_config")
+    weights = quantization["bnb_4bit_quant_type"] if quantization else config.dtype
+    base_gb = base_memory_bytes(model) / 2**30
+    on_cuda = model.device.type == "cuda"
+    slow = " (float16 is slow there: --dtype float32 or bfloat16)" if config.dtype == "float16" else ""
+    batch = f"{config.gradient_accumulation_steps} x {config.per_device_train_batch_size} rows"
+    epochs = f"{total_steps / order.steps_per_epoch:.2f} epochs of {order.steps_per_epoch:,} steps"
+    return start_screen(
+        model=f"{config.model}: {total - trained:,} parameters, {base_gb:.3g} GB, {weights}",
+        adapter=f"{trained:,} trainable parameters ({trained / total:.3%}), float32",
+        compute=config.dtype + " on " + (torch.cuda.get_device_name() if on_cuda else f"the CPU{slow}"),
+        data=f"{config.dataset}: {train_rows.describe()}",
+        validation=validation_rows.describe() if validation_rows else "none",
+        steps=f"{total_steps:,} of {batch}, {epochs}, each epoch's last step with the rows that are left",
+        output=config.output_dir + (f", going on from {checkpoint.name}" if checkpoint else ""),
+    )
+
+
+if __name__ == "__main__":
+    try:
+        train(parse_args(TrainConfig))
+    except InputError as error:
+        sys.exit(f"train.py: error: {error}")
