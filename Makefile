@@ -1,0 +1,37 @@
+# Each target does its own set-up: a virtual environment in .venv with the pinned requirements.
+PYTHON ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint test-gpu clean
+
+demo: .venv/installed  ## train a small random Llama on demo/rows.jsonl, then ask it: no GPU, no network
+	$(BIN)/python demo/make_base.py demo/rows.jsonl outputs/demo-base
+	$(BIN)/python train.py --model outputs/demo-base --dataset demo/rows.jsonl --validation_split 0.1 \
+		--dtype float32 --lora_target_modules all-linear --lora_r 64 --lora_alpha 64 --learning_rate 5e-3 \
+		--per_device_train_batch_size 32 --gradient_accumulation_steps 1 --gradient_checkpointing none \
+		--max_steps 120 --eval_steps 20 --output_dir outputs/demo --overwrite_output_dir
+	$(BIN)/python generate.py --model outputs/demo-base --adapter outputs/demo --dtype float32 \
+		--prompt "What is the capital of Italy?"
+
+test: .venv/installed-dev  ## all tests that need no GPU
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv outputs
