@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from qlora.checkpoint import load_prompt_format
 from qlora.config import GenerateConfig, parse_args
-from qlora.data import read_rows
 from qlora.errors import InputError
 from qlora.generation import generate
 from qlora.model import check_adapter, load_adapter, load_base, load_config, load_tokenizer
 from qlora.prompts import DropRow, Segment, chat_segments, encode, prompt_segments, starts_with_bos
+from qlora.rows import read_rows
 
 
 def main(config: GenerateConfig) -> None:

@@ -32,7 +32,6 @@ from qlora.data import (
     check_vocabulary,
     hold_out,
     micro_batches,
-    read_rows,
     to_device,
     tokenize_rows,
 )
@@ -52,13 +51,14 @@ from qlora.model import (
     prepare_for_training,
 )
 from qlora.optim import build_optimizer, lr_at
+from qlora.rows import read_rows
 
 
 def train(config: TrainConfig):
     """Run a whole training; returns the trained model. Raises InputError for what the user can put right."""
     output_dir = Path(config.output_dir)
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
-    prepare_output_dir(output_dir, config)
+    check_output_dir(output_dir, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -104,9 +104,9 @@ def train(config: TrainConfig):
         save_checkpoint, output_dir, model, tokenizer, prompt_format, optimizer, scaler, names, progress,
         config=dataclasses.asdict(config), keep=config.save_total_limit,
     )  # fmt: skip
-    print(
-        describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint), flush=True
-    )
+    print(describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint))
+    if config.overwrite_output_dir:
+        delete_earlier_run(output_dir)  # only now: nothing that was given can be wrong any more
     tracker = None
     if config.report_to == "wandb":
         run_name = config.run_name or output_dir.name
@@ -133,9 +133,7 @@ def train(config: TrainConfig):
 
         scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
         grad_norm = clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-        step_loss, grad_norm = torch.stack(
-            [step_loss, grad_norm]
-        ).tolist()  # here the host waits for the device
+        step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()  # the host waits for the device
         if step == 0:
             check_gradients(trainable)
         is_finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
@@ -163,13 +161,10 @@ def train(config: TrainConfig):
     return model
 
 
-def prepare_output_dir(output_dir: Path, config: TrainConfig) -> None:
+def check_output_dir(output_dir: Path, config: TrainConfig) -> None:
     """Create the folder; refuse one that cannot be written or that holds a run this one would overwrite."""
-    earlier = [*list_checkpoints(output_dir), *output_dir.glob(ADAPTER), *output_dir.glob("metrics.jsonl")]
-    if earlier and config.overwrite_output_dir:
-        for path in earlier:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif earlier and config.resume_from_checkpoint is None:
+    earlier = earlier_run(output_dir)
+    if earlier and not config.overwrite_output_dir and config.resume_from_checkpoint is None:
         raise InputError(
             f"--output_dir {output_dir} holds an earlier run ({earlier[0].name}): go on with it by "
             "--resume_from_checkpoint latest, delete it by --overwrite_output_dir, or give another folder"
@@ -180,6 +175,15 @@ def prepare_output_dir(output_dir: Path, config: TrainConfig) -> None:
             pass
     except OSError as error:
         raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
+
+
+def earlier_run(output_dir: Path) -> list[Path]:
+    return [*list_checkpoints(output_dir), *output_dir.glob(ADAPTER), *output_dir.glob("metrics.jsonl")]
+
+
+def delete_earlier_run(output_dir: Path) -> None:
+    for path in earlier_run(output_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def load_data(config: TrainConfig, tokenizer) -> tuple[TokenizedRows, TokenizedRows | None]:

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 import train
 from qlora.checkpoint import ADAPTER, STATE_TENSORS
-from qlora.data import read_rows, tokenize_rows
+from qlora.data import tokenize_rows
 from qlora.evaluate import evaluate_loss
 from qlora.generation import generate
 from qlora.model import load_base
+from qlora.rows import read_rows
 from tests.conftest import ROOT, ROWS
 
 
@@ -209,10 +210,14 @@ def test_checkpoints_rotate(run):
 
 
 def test_an_earlier_run_is_not_overwritten_unless_asked(run):
-    run("--max_steps 2")
+    _, folder = run("--max_steps 2")
     with pytest.raises(train.InputError, match="holds an earlier run"):
         run("--max_steps 2")
+    with pytest.raises(train.InputError, match="no such data file"):
+        run("--max_steps 1 --overwrite_output_dir", dataset="mistyped.jsonl")
+    assert (folder / ADAPTER).exists()  # a mistake does not cost the earlier run
     run("--max_steps 1 --overwrite_output_dir")
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_an_adapter_can_be_trained_further(run, tmp_path):
