@@ -220,6 +220,9 @@ def describe_run(config, model, train_rows, validation_rows, total_steps, order,
     slow = " (float16 is slow there: --dtype float32 or bfloat16)" if config.dtype == "float16" else ""
     batch = f"{config.gradient_accumulation_steps} x {config.per_device_train_batch_size} rows"
     epochs = f"{total_steps / order.steps_per_epoch:.2f} epochs of {order.steps_per_epoch:,} steps"
+    start = f", going on from {checkpoint.name}" if checkpoint else ""
+    if config.resume_from_checkpoint and not checkpoint:
+        start = ", no checkpoint there yet: from the start"
     return start_screen(
         model=f"{config.model}: {total - trained:,} parameters, {base_gb:.3g} GB, {weights}",
         adapter=f"{trained:,} trainable parameters ({trained / total:.3%}), float32",
@@ -227,7 +230,7 @@ def describe_run(config, model, train_rows, validation_rows, total_steps, order,
         data=f"{config.dataset}: {train_rows.describe()}",
         validation=validation_rows.describe() if validation_rows else "none",
         steps=f"{total_steps:,} of {batch}, {epochs}, each epoch's last step with the rows that are left",
-        output=config.output_dir + (f", going on from {checkpoint.name}" if checkpoint else ""),
+        output=config.output_dir + start,
     )
 
 

@@ -18,7 +18,6 @@ from qlora.data import (
 from qlora.errors import InputError
 from qlora.prompts import IGNORE_INDEX
 
-
 ROWS = [
     {"prompt": "What?", "completion": " A leaf."},
     {"prompt": "Sure?", "completion": " Yes.\nAll over. \u00e9"},
