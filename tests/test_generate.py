@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train
+from qlora.config import TrainConfig, parse_args
 from qlora.generation import generate
 from qlora.prompts import chat_segments, encode, prompt_segments, row_segments, starts_with_bos
 from tests.conftest import ROOT, ROWS
@@ -20,8 +21,6 @@ FP32 = partial(torch.autocast, "cpu", enabled=False)
 def adapter(base, rows_file, tmp_path_factory):
     """An adapter that has learned some of the rows by heart."""
     out = str(tmp_path_factory.mktemp("generate") / "out")
-    from qlora.config import TrainConfig, parse_args
-
     argv = [
         "--model",
         base,
@@ -164,6 +163,25 @@ def test_lines_of_text_are_prompts_too(adapter, base, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "questions.answers.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [row["prompt"] for row in ROWS[:3]]
     assert all(line["answer"] for line in lines)
+
+
+def test_the_format_of_the_training_is_kept_beside_the_adapter(base, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "What is red?", "output": "A leaf."}\n' * 3)
+    flags = ["--model", base, "--dataset", str(rows), "--output_dir", str(tmp_path / "out")]
+    train.train(parse_args(TrainConfig, [*flags, "--dtype", "float32", "--max_steps", "1"]))
+    flags = [
+        "--model",
+        base,
+        "--adapter",
+        str(tmp_path / "out"),
+        "--dtype",
+        "float32",
+        "--max_new_tokens",
+        "2",
+    ]
+    result = command(*flags, "--prompts_file", str(rows))  # has no column that another format would know
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_chat_answers_until_the_input_ends(adapter, base):

@@ -94,3 +94,11 @@ def test_a_tracker_that_fails_later_is_dropped(tmp_path, capsys):
     tracker.log({"step": 2, "loss": 1.0})
     assert tracker.run is None
     assert capsys.readouterr().out.count("wandb could not log") == 1
+
+
+def test_a_resumed_run_continues_its_own_track(tmp_path):
+    first = Wandb(tmp_path, "name", {}, is_resumed=False)
+    assert (tmp_path / "wandb_run_id").read_text() == first.run.id
+    (tmp_path / "wandb_run_id").write_text("kept-id")
+    assert Wandb(tmp_path, "name", {}, is_resumed=True).run.id == "kept-id"
+    assert Wandb(tmp_path, "name", {}, is_resumed=False).run.id != "kept-id"

@@ -88,6 +88,18 @@ def test_an_overflow_leaves_the_weights_unchanged_and_halves_the_scale(run, base
     )
 
 
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(run, base, tmp_path):
+    model = load_base(base, torch.float32, torch.device("cpu"), load_in_4bit=False)
+    model.lm_head.weight.data[5] = float("inf")
+    model.save_pretrained(tmp_path / "broken")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{file}", tmp_path / "broken")
+    flags = "--dtype float32 --warmup_ratio 0 --max_steps 2 --logging_steps 1"
+    _, folder = run(flags, model=str(tmp_path / "broken"))
+    assert [line["skipped_steps"] for line in metrics(folder)] == [1, 2]
+    assert all(not tensor.any() for name, tensor in adapter(folder).items() if "lora_B" in name)
+
+
 def test_only_lora_is_trained_and_the_base_stays_bit_identical(run, base):
     model, folder = run("--max_steps 4 --save_steps 4")
     assert all(
@@ -193,6 +205,62 @@ def test_evaluation_is_the_mean_over_tokens(run, tokenizer, rows_file):
     assert logged["eval_perplexity"] == pytest.approx(
         torch.tensor(total / rows.targets).exp().item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--weight_decay 10",
+        "--adam_beta1 0.5",
+        "--adam_beta2 0.5",
+        "--adam_epsilon 0.01",
+        "--learning_rate 1e-3",
+        "--lr_scheduler_type linear",
+        "--warmup_ratio 0.5",
+        "--warmup_steps 3",
+        "--max_grad_norm 0.01",
+        "--lora_alpha 64",
+        "--lora_dropout 0.5",
+        "--use_rslora",
+        "--seed 1",
+        "--group_by_length",
+        "--max_length 16",
+        "--no_completion_only_loss",
+        "--bnb_4bit_quant_type fp4",
+        "--no_load_in_4bit",
+    ],
+)
+def test_every_flag_that_should_change_the_training_does(run, flags):
+    plain = adapter(run("--optim adamw_torch --max_steps 4", out="plain")[1])
+    changed = adapter(run("--optim adamw_torch --max_steps 4", flags, out="changed")[1])
+    assert any(not torch.equal(plain[name], changed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("choice, forwards", [("all", 2), ("none", 1)])
+def test_checkpointed_layers_run_forward_twice(run, choice, forwards):
+    model, _ = run(f"--max_steps 1 --gradient_checkpointing {choice}")
+    calls = []
+    model.get_base_model().model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
+    model(input_ids=torch.tensor([[1, 300, 301]])).logits.sum().backward()
+    assert len(calls) == forwards
+
+
+def test_a_trained_weight_without_a_gradient_is_refused_in_the_first_step(run, monkeypatch):
+    def load_with_an_unused_layer(*arguments):
+        base = load_base(*arguments)
+        base.model.unused_proj = torch.nn.Linear(64, 64)
+        return base
+
+    monkeypatch.setattr(train, "load_base", load_with_an_unused_layer)
+    with pytest.raises(train.InputError, match=r"unused_proj.* got no gradient"):
+        run("--max_steps 1 --lora_target_modules q_proj unused_proj")
+
+
+def test_float16_lora_weights_are_refused(base):
+    model = load_base(base, torch.float16, torch.device("cpu"))
+    model = train.add_adapter(model, 4, 8, 0.0, ["q_proj"], False, False).half()
+    with pytest.raises(train.InputError, match="must be float32"):
+        train.prepare_for_training(model, gradient_checkpointing=False)
 
 
 def test_max_steps_wins_and_an_epoch_ends_with_a_smaller_step(run):
