@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import InputError
 
@@ -77,17 +78,13 @@ def add_adapter(
 ):
     """Freeze the base and add a fresh float32 LoRA adapter; seed first, its A matrices are random."""
     targets = "all-linear" if target_modules == ["all-linear"] else target_modules
-    names = {
-        name.rpartition(".")[2]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    unknown = [] if targets == "all-linear" else sorted(set(targets) - names)
-    if unknown:
-        raise InputError(
-            f"--lora_target_modules: this model has no linear layer named {unknown[0]!r}; it has "
-            f"{', '.join(sorted(names))}"
-        )
+    linear = [name for name, module in base.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    for target in target_modules if targets != "all-linear" else []:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise InputError(
+                f"--lora_target_modules: this model has no linear layer named {target!r}; it has {known}"
+            )
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -144,12 +141,13 @@ def prepare_for_training(model, gradient_checkpointing: bool) -> list[tuple[str,
     unscaled.
     """
     if gradient_checkpointing:
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):  # transformers' decoder layers
-                layer.gradient_checkpointing = True
-                # Non-reentrant: the reentrant kind needs an input that requires a gradient, and the base has
-                # none.
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise InputError("this model's layers cannot be checkpointed: --gradient_checkpointing none")
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            # Non-reentrant: the reentrant kind needs an input that requires a gradient.
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     model.train()
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name, parameter in trainable:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 import train
 from qlora.checkpoint import ADAPTER, STATE_TENSORS
@@ -243,6 +244,13 @@ def test_checkpointed_layers_run_forward_twice(run, choice, forwards):
     model.get_base_model().model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
     model(input_ids=torch.tensor([[1, 300, 301]])).logits.sum().backward()
     assert len(calls) == forwards
+
+
+def test_a_model_that_cannot_be_checkpointed_is_refused():
+    config = OpenAIGPTConfig(vocab_size=64, n_embd=64, n_layer=1, n_head=1)
+    model = train.add_adapter(OpenAIGPTLMHeadModel(config), 4, 8, 0.0, ["attn.c_attn"], False, False)
+    with pytest.raises(train.InputError, match="--gradient_checkpointing none"):
+        train.prepare_for_training(model, gradient_checkpointing=True)
 
 
 def test_a_trained_weight_without_a_gradient_is_refused_in_the_first_step(run, monkeypatch):
