@@ -6,6 +6,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -115,7 +116,7 @@ def load_adapter(base, adapter: str, is_trainable: bool):
     """Put a saved LoRA adapter on the base, float32; raises InputError if it does not belong to it."""
     try:
         model = PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise InputError(f"cannot load an adapter from {adapter}: {_first_line(error)}") from error
     except RuntimeError as error:
         raise InputError(
@@ -172,9 +173,7 @@ def base_memory_bytes(model) -> int:
 def _from_hub(auto_class, model: str, **options):
     try:
         return auto_class.from_pretrained(model, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise InputError(
             f"cannot load '{model}': {_first_line(error)} - give a model folder or a hub id; for a hub model "
             "check the name and the network, and for a gated one (such as meta-llama/Llama-2-7b-hf) accept "

@@ -356,6 +356,17 @@ def test_mistakes_get_one_line(run, flags, message):
         run("--max_steps 1", flags)
 
 
+def test_a_damaged_model_or_adapter_file_is_one_line(run, base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    _, folder = run("--max_steps 1")
+    for file in (tmp_path / "model" / "model.safetensors", folder / ADAPTER):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(train.InputError, match="cannot load"):
+        run("--max_steps 1", model=str(tmp_path / "model"), out="other")
+    with pytest.raises(train.InputError, match="cannot load an adapter"):
+        run("--max_steps 1 --adapter", str(folder), out="another")
+
+
 def test_loss_is_that_of_the_transformers_trainer(run, base, rows_file, tmp_path):
     """50 steps of transformers' own Trainer with PEFT on the same rows in the same order, fp32."""
     from peft import LoraConfig, get_peft_model
