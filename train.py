@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from qlora.checkpoint import (
     ADAPTER,
     Progress,
+    drop_later_checkpoints,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -107,6 +108,8 @@ def train(config: TrainConfig):
     print(describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint))
     if config.overwrite_output_dir:
         delete_earlier_run(output_dir)  # only now: nothing that was given can be wrong any more
+    if checkpoint:
+        drop_later_checkpoints(output_dir, progress.step)
     tracker = None
     if config.report_to == "wandb":
         run_name = config.run_name or output_dir.name
@@ -129,7 +132,7 @@ def train(config: TrainConfig):
             with autocast():
                 loss = next_token_loss(model, to_device(batch, device), plain_head) / targets
             scaler.scale(loss).backward()  # scaled: small float16 gradients would underflow to 0
-            step_loss += loss.detach()  # stays on the device: nothing waits between micro-batches
+            step_loss += loss.detach()  # stays on the device: .item() here would wait for it
 
         scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
         grad_norm = clip_grad_norm_(parameters, config.max_grad_norm or math.inf)

@@ -73,6 +73,8 @@ def save_final_adapter(output_dir: Path, model, tokenizer, prompt_format: dict) 
     shutil.rmtree(staging, ignore_errors=True)
     save_adapter(staging, model, tokenizer, prompt_format)
     for file in sorted(staging.iterdir()):
+        if (output_dir / file.name).is_dir():  # several chat templates are a folder, which replaces none
+            shutil.rmtree(output_dir / file.name)
         os.replace(file, output_dir / file.name)
     staging.rmdir()
 
@@ -127,12 +129,22 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
+def drop_later_checkpoints(output_dir: Path, step: int) -> None:
+    """Delete the checkpoints after `step`: a run resumed there leaves their timeline, and writes its own."""
+    for path in list_checkpoints(output_dir):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(path)
+
+
 def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
     """The checkpoint to resume from; None for a fresh start. Raises InputError if a given path is none."""
     if resume_from is None:
         return None
     if resume_from == "latest":
-        return next(reversed(list_checkpoints(output_dir)), None)
+        newest = next(reversed(list_checkpoints(output_dir)), None)
+        if newest is None and (output_dir / ADAPTER).exists():
+            raise InputError(f"{output_dir} holds a finished adapter but no checkpoint to resume from")
+        return newest
     if not (Path(resume_from) / STATE).is_file():
         raise InputError(
             f"--resume_from_checkpoint: {resume_from} is no checkpoint folder (it has no {STATE})"

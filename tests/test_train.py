@@ -280,6 +280,20 @@ def test_max_steps_wins_and_an_epoch_ends_with_a_smaller_step(run):
     assert [line["step"] for line in metrics(folder)] == [1, 2]
 
 
+def test_a_resume_from_an_older_checkpoint_leaves_the_abandoned_ones(run):
+    flags = "--save_steps 1 --max_steps 5 --save_total_limit"
+    _, folder = run(flags, "0")
+    run(flags, "2", "--resume_from_checkpoint", str(folder / "checkpoint-2"), "--max_steps 3")
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_latest_does_not_replace_a_finished_adapter(run):
+    _, folder = run("--max_steps 1")
+    shutil.rmtree(folder / "checkpoint-1")
+    with pytest.raises(train.InputError, match="finished adapter"):
+        run("--max_steps 1 --resume_from_checkpoint latest")
+
+
 def test_checkpoints_rotate(run):
     _, folder = run("--max_steps 5 --save_steps 1 --save_total_limit 2")
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
