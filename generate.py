@@ -14,47 +14,38 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from qlora.checkpoint import load_prompt_format
+from qlora.adapter import check_adapter, load_adapter, load_settings
 from qlora.config import GenerateConfig, parse_args
 from qlora.errors import InputError
-from qlora.generation import generate
-from qlora.model import check_adapter, load_adapter, load_base, load_config, load_tokenizer
-from qlora.prompts import DropRow, Segment, chat_segments, encode, prompt_segments, starts_with_bos
+from qlora.generation import PromptWriter, generate
+from qlora.model import load_base, load_config, load_tokenizer
 from qlora.rows import read_rows
+
+
+def flags(argv: list[str] | None = None) -> GenerateConfig:
+    """The command line; what it leaves open is as the adapter was trained."""
+    config = parse_args(GenerateConfig, argv)
+    if not config.adapter:
+        return config
+    check_adapter(config.adapter)
+    settings = load_settings(config.adapter)
+    if not settings:
+        unknown = f"{config.adapter} does not say how it was trained: prompts are plain text, or as flags say"
+        print(unknown, file=sys.stderr)
+    return parse_args(GenerateConfig, argv, defaults=settings)
 
 
 def main(config: GenerateConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
-    if config.adapter:
-        check_adapter(config.adapter)
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
-    row_format, text_field = "text", "text"
-    if config.adapter and (kept := load_prompt_format(config.adapter)):
-        row_format, text_field = kept["dataset_format"], kept["dataset_text_field"]
-    if config.dataset_format != "auto":
-        row_format = config.dataset_format
-
-    adds_bos = starts_with_bos(row_format, tokenizer)
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
-    context = getattr(model_config, "max_position_embeddings", math.inf)
-
-    def prompt_ids(segments: list[Segment], where: str) -> list[int]:
-        ids, _ = encode(segments, adds_bos, tokenizer)
-        if not ids:
-            raise InputError(f"{where} is empty")
-        if len(ids) + config.max_new_tokens > context:
-            raise InputError(
-                f"{where} has {len(ids)} tokens: with --max_new_tokens {config.max_new_tokens} that is more "
-                f"than the model's context of {context}"
-            )
-        return ids
-
-    def question_ids(messages: list[dict]) -> list[int]:
-        try:
-            return prompt_ids(chat_segments(messages, row_format, tokenizer), "the prompt")
-        except DropRow as reason:
-            raise InputError(f"the prompt cannot be written as {row_format}: {reason}") from reason
+    writer = PromptWriter(
+        tokenizer,
+        row_format="text" if config.dataset_format == "auto" else config.dataset_format,
+        text_field=config.dataset_text_field,
+        max_tokens=getattr(model_config, "max_position_embeddings", math.inf) - config.max_new_tokens,
+    )
 
     # Prompts before the model: a bad row should not cost the minutes that loading takes.
     if config.prompts_file:
@@ -62,16 +53,14 @@ def main(config: GenerateConfig) -> None:
         output_file = Path(config.output_file or prompts_file.with_suffix(".answers.jsonl"))
         if output_file.resolve() == prompts_file.resolve():
             raise InputError(f"--output_file {output_file} would overwrite the prompts")
+        if not output_file.parent.is_dir():
+            raise InputError(f"--output_file {output_file}: there is no such folder")
         prompts = []
         for where, row in read_rows(config.prompts_file, "train"):
             row = {"prompt": row["text"]} if prompts_file.suffix.lower() == ".txt" else row
-            try:
-                segments = prompt_segments(row, row_format, text_field, tokenizer)
-            except DropRow as reason:
-                raise InputError(f"{where}: {reason}") from reason
-            prompts.append((row, prompt_ids(segments, where)))
+            prompts.append((row, writer.row(row, where)))
     elif config.prompt is not None:
-        prompt = question_ids([{"role": "user", "content": config.prompt}])
+        prompt = writer.chat([{"role": "user", "content": config.prompt}])
 
     model = load_base(
         config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
@@ -93,7 +82,7 @@ def main(config: GenerateConfig) -> None:
     elif config.prompt is not None:
         answer([prompt], seed=config.seed, streamer=console(tokenizer))
     else:
-        chat(question_ids, answer, config.seed, tokenizer)
+        chat(writer, answer, config.seed)
 
 
 def answer_file(
@@ -117,20 +106,24 @@ def answer_file(
     print(f"{len(prompts)} answers in {output_file}")
 
 
-def chat(question_ids: Callable, answer: Callable, seed: int, tokenizer) -> None:
+def chat(writer: PromptWriter, answer: Callable, seed: int) -> None:
     """Ask and answer until an empty line or the end of the input; the chat so far is part of every prompt."""
     print("Ask; an empty line ends the chat.")
+    if not writer.has_history:
+        print(f"Each question stands alone: the format {writer.row_format} has no earlier turns.")
     messages = []
     while question := read_line("> "):
         messages.append({"role": "user", "content": question})
         try:
-            prompt = question_ids(messages)
-        except InputError as error:  # too long, say: the chat goes on without this question
-            print(error)
+            (text,) = answer(
+                [writer.chat(messages)], seed=seed + len(messages), streamer=console(writer.tokenizer)
+            )
+        except (InputError, KeyboardInterrupt) as stop:  # too long, or stopped: the chat goes on without it
+            print(f"\n{str(stop) or 'stopped'}")
             messages.pop()
             continue
-        (text,) = answer([prompt], seed=seed + len(messages), streamer=console(tokenizer))
-        messages.append({"role": "assistant", "content": text.strip()})
+        text = text if writer.row_format == "text" else text.strip()  # formats put their own space there
+        messages.append({"role": "assistant", "content": text})
 
 
 def read_line(prompt: str) -> str:
@@ -147,6 +140,6 @@ def console(tokenizer) -> transformers.TextStreamer:
 
 if __name__ == "__main__":
     try:
-        main(parse_args(GenerateConfig))
+        main(flags())
     except InputError as error:
         sys.exit(f"generate.py: error: {error}")

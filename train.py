@@ -5,7 +5,7 @@ The whole run in the order it happens: train() sets up, then loops. Flags: qlora
 
 import dataclasses
 import math
-import shutil
+import shlex
 import sys
 import tempfile
 import time
@@ -16,50 +16,38 @@ import torch
 import transformers
 from torch.nn.utils import clip_grad_norm_
 
+from qlora.adapter import ADAPTER, add_adapter, check_adapter, kept_settings, load_adapter, save_final_adapter
 from qlora.checkpoint import (
-    ADAPTER,
     Progress,
     drop_later_checkpoints,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
-    save_final_adapter,
 )
 from qlora.config import TrainConfig, parse_args
-from qlora.data import (
-    StepOrder,
-    TokenizedRows,
-    check_vocabulary,
-    hold_out,
-    micro_batches,
-    to_device,
-    tokenize_rows,
-)
+from qlora.data import StepOrder, load_data, micro_batches, to_device
 from qlora.errors import InputError
 from qlora.evaluate import evaluate_loss
 from qlora.log import RunLog, Wandb, start_screen
 from qlora.loss import has_plain_head, next_token_loss
 from qlora.model import (
-    add_adapter,
     base_memory_bytes,
-    check_adapter,
     check_gradients,
-    load_adapter,
     load_base,
     load_config,
     load_tokenizer,
     prepare_for_training,
+    quantized_share,
 )
 from qlora.optim import build_optimizer, lr_at
-from qlora.rows import read_rows
 
 
 def train(config: TrainConfig):
     """Run a whole training; returns the trained model. Raises InputError for what the user can put right."""
     output_dir = Path(config.output_dir)
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
-    check_output_dir(output_dir, config)
+    check_output_dir(output_dir, config, checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -69,7 +57,8 @@ def train(config: TrainConfig):
         check_adapter(config.adapter)
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
     pad_id = tokenizer.eos_token_id  # padding is told apart by position, never by its id, so any id serves
-    train_rows, validation_rows = load_data(config, tokenizer)
+    model_config = load_config(config.model, config.trust_remote_code).get_text_config()
+    train_rows, validation_rows = load_data(config, tokenizer, model_config)
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     order = StepOrder(train_rows.lengths, rows_per_step, config.seed, config.group_by_length)
     total_steps = math.ceil(config.num_train_epochs * order.steps_per_epoch)
@@ -96,27 +85,26 @@ def train(config: TrainConfig):
     optimizer = build_optimizer(config.optim, parameters, config.weight_decay, betas, config.adam_epsilon)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = load_checkpoint(checkpoint, model, optimizer, scaler, names) if checkpoint else Progress()
+    first_step = progress.step
+    if first_step > total_steps:
+        raise InputError(f"{checkpoint} is at step {first_step}, and this run has only {total_steps} steps")
 
     evaluate = partial(
         evaluate_loss, model, validation_rows, config.per_device_eval_batch_size, pad_id, autocast, plain_head
     )
-    prompt_format = {"dataset_format": train_rows.row_format, "dataset_text_field": config.dataset_text_field}
+    settings = kept_settings(config, train_rows.row_format)
     save = partial(
-        save_checkpoint, output_dir, model, tokenizer, prompt_format, optimizer, scaler, names, progress,
+        save_checkpoint, output_dir, model, tokenizer, settings, optimizer, scaler, names, progress,
         config=dataclasses.asdict(config), keep=config.save_total_limit,
     )  # fmt: skip
     print(describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint))
-    if config.overwrite_output_dir:
-        delete_earlier_run(output_dir)  # only now: nothing that was given can be wrong any more
-    if checkpoint:
-        drop_later_checkpoints(output_dir, progress.step)
     tracker = None
     if config.report_to == "wandb":
         run_name = config.run_name or output_dir.name
         tracker = Wandb(output_dir, run_name, dataclasses.asdict(config), is_resumed=checkpoint is not None)
-    log = RunLog(output_dir, total_steps, progress.step, tracker)
+    log = RunLog(output_dir, total_steps, first_step, tracker)
 
-    for step in range(progress.step, total_steps):
+    for step in range(first_step, total_steps):
         started = time.perf_counter()
         learning_rate = lr_at(step, total_steps, warmup_steps, config.learning_rate, config.lr_scheduler_type)
         for group in optimizer.param_groups:
@@ -137,8 +125,10 @@ def train(config: TrainConfig):
         scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
         grad_norm = clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
         step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()  # the host waits for the device
-        if step == 0:
+        if step == first_step:
             check_gradients(trainable)
+            replace_earlier_run(output_dir, first_step)  # only now: nothing given can be wrong any more
+        # One bad row or an overflow must not reach the weights, nor the optimizer's averages, in any dtype.
         is_finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
         if is_finite:
             scaler.step(optimizer)
@@ -157,21 +147,26 @@ def train(config: TrainConfig):
         if progress.step % config.save_steps == 0 or is_last:
             save()
 
-    save_final_adapter(output_dir, model, tokenizer, prompt_format)
+    save_final_adapter(output_dir, model, tokenizer, settings)
     log.close()
-    ask = f"python generate.py --model {config.model} --adapter {output_dir} --dtype {config.dtype} --prompt"
-    print(f'adapter saved in {output_dir}; ask it: {ask} "..."')
+    ask = ["generate.py", "--model", config.model, "--adapter", config.output_dir]
+    ask += ["--trust_remote_code"] * config.trust_remote_code
+    print(f'adapter saved in {output_dir}; ask it: python {shlex.join(ask)} --prompt "..."')
     return model
 
 
-def check_output_dir(output_dir: Path, config: TrainConfig) -> None:
+def check_output_dir(output_dir: Path, config: TrainConfig, checkpoint: Path | None) -> None:
     """Create the folder; refuse one that cannot be written or that holds a run this one would overwrite."""
-    earlier = earlier_run(output_dir)
-    if earlier and not config.overwrite_output_dir and config.resume_from_checkpoint is None:
+    earlier = [*list_checkpoints(output_dir), *output_dir.glob(ADAPTER), *output_dir.glob("metrics.jsonl")]
+    home, resume_from = output_dir.resolve(), config.resume_from_checkpoint
+    goes_on = resume_from == "latest" or (checkpoint and checkpoint.resolve().parent == home)
+    if earlier and not config.overwrite_output_dir and not goes_on:
         raise InputError(
             f"--output_dir {output_dir} holds an earlier run ({earlier[0].name}): go on with it by "
-            "--resume_from_checkpoint latest, delete it by --overwrite_output_dir, or give another folder"
+            "--resume_from_checkpoint latest, replace it by --overwrite_output_dir, or give another folder"
         )
+    if config.overwrite_output_dir and config.adapter and Path(config.adapter).resolve().is_relative_to(home):
+        raise InputError(f"--overwrite_output_dir would delete what --adapter {config.adapter} starts from")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
@@ -180,44 +175,21 @@ def check_output_dir(output_dir: Path, config: TrainConfig) -> None:
         raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
 
 
-def earlier_run(output_dir: Path) -> list[Path]:
-    return [*list_checkpoints(output_dir), *output_dir.glob(ADAPTER), *output_dir.glob("metrics.jsonl")]
-
-
-def delete_earlier_run(output_dir: Path) -> None:
-    for path in earlier_run(output_dir):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def load_data(config: TrainConfig, tokenizer) -> tuple[TokenizedRows, TokenizedRows | None]:
-    """Training and validation rows, tokenized and checked against the model's configuration."""
-    model_config = load_config(config.model, config.trust_remote_code).get_text_config()
-    max_length = min(config.max_length, getattr(model_config, "max_position_embeddings", config.max_length))
-    if max_length < config.max_length:
-        print(f"--max_length {config.max_length} is more than the model's context: {max_length} is used.")
-    tokenize = partial(
-        tokenize_rows, tokenizer=tokenizer, text_field=config.dataset_text_field, max_length=max_length,
-        completion_only_loss=config.completion_only_loss,
-    )  # fmt: skip
-    rows = read_rows(config.dataset, config.split, config.dataset_config)
-    train_rows = tokenize(rows, row_format=config.dataset_format, name=config.dataset)
-    validation_rows = None
-    if config.held_out is not None:
-        train_rows, validation_rows = hold_out(train_rows, config.held_out, config.seed)
-    elif config.validation_split or config.validation_dataset:
-        dataset, split = config.validation_dataset or config.dataset, config.validation_split or "train"
-        rows = read_rows(dataset, split, None if config.validation_dataset else config.dataset_config)
-        validation_rows = tokenize(rows, row_format=train_rows.row_format, name=f"{dataset} ({split})")
-    for rows in filter(None, (train_rows, validation_rows)):
-        check_vocabulary(rows, model_config.vocab_size)
-    return train_rows, validation_rows
+def replace_earlier_run(output_dir: Path, first_step: int) -> None:
+    """Delete what an earlier run wrote after `first_step`, except for its log: RunLog sees to that."""
+    drop_later_checkpoints(output_dir, first_step)
+    if first_step == 0:
+        (output_dir / ADAPTER).unlink(missing_ok=True)
 
 
 def describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint) -> str:
     """The start screen."""
     trained, total = model.get_nb_trainable_parameters()
     quantization = model.get_base_model().config.to_dict().get("quantization_config")
-    weights = quantization["bnb_4bit_quant_type"] if quantization else config.dtype
+    weights = config.dtype
+    if quantization:  # only linear layers are: the experts of some models are not, and stay 16-bit
+        kind = quantization["bnb_4bit_quant_type"]
+        weights = f"{quantized_share(model):.1%} of them {kind}, the others {weights}"
     base_gb = base_memory_bytes(model) / 2**30
     on_cuda = model.device.type == "cuda"
     slow = " (float16 is slow there: --dtype float32 or bfloat16)" if config.dtype == "float16" else ""

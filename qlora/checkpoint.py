@@ -1,4 +1,4 @@
-"""Saved adapters, and checkpoints from which a run resumes exactly. No pickle: safetensors and JSON only."""
+"""Checkpoints from which a run resumes exactly. No pickle: safetensors and JSON only."""
 
 import json
 import os
@@ -13,11 +13,10 @@ import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from qlora.errors import InputError
+from qlora.adapter import ADAPTER, check_complete, save_adapter
+from qlora.errors import InputError, first_line
 from qlora.optim import optimizer_tensors, restore_optimizer
 
-ADAPTER = "adapter_model.safetensors"
-PROMPT_FORMAT = "prompt_format.json"
 STATE_TENSORS = "training_state.safetensors"
 STATE = "training_state.json"
 
@@ -58,38 +57,11 @@ class Progress:
         return values
 
 
-def save_adapter(folder: Path, model, tokenizer, prompt_format: dict) -> None:
-    """Write a folder that PEFT and generate.py load: adapter, tokenizer, and how prompts are written."""
-    # save_embedding_layers: "auto" would ask the hub for the base's vocabulary; nothing here resizes it.
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink()  # PEFT's model card is an empty form
-    tokenizer.save_pretrained(folder)
-    (folder / PROMPT_FORMAT).write_text(json.dumps(prompt_format, indent=2) + "\n")
-
-
-def save_final_adapter(output_dir: Path, model, tokenizer, prompt_format: dict) -> None:
-    """Save the adapter straight into `output_dir`, each file replaced as a whole."""
-    staging = output_dir / "adapter.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    save_adapter(staging, model, tokenizer, prompt_format)
-    for file in sorted(staging.iterdir()):
-        if (output_dir / file.name).is_dir():  # several chat templates are a folder, which replaces none
-            shutil.rmtree(output_dir / file.name)
-        os.replace(file, output_dir / file.name)
-    staging.rmdir()
-
-
-def load_prompt_format(adapter: str) -> dict | None:
-    """The prompt format kept beside an adapter, or None if it was trained elsewhere."""
-    path = Path(adapter) / PROMPT_FORMAT
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def save_checkpoint(
     output_dir: Path,
     model,
     tokenizer,
-    prompt_format: dict,
+    settings: dict,
     optimizer,
     scaler,
     names: list[str],
@@ -105,7 +77,7 @@ def save_checkpoint(
     folder = output_dir / f"checkpoint-{progress.step}"
     staging = output_dir / f"checkpoint-{progress.step}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
-    save_adapter(staging, model, tokenizer, prompt_format)
+    save_adapter(staging, model, tokenizer, settings)
     tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(optimizer, names).items()}
     save_file({**tensors, **_rng_tensors()}, staging / STATE_TENSORS)
     version, numbers, gauss = random.getstate()
@@ -130,7 +102,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def drop_later_checkpoints(output_dir: Path, step: int) -> None:
-    """Delete the checkpoints after `step`: a run resumed there leaves their timeline, and writes its own."""
+    """Delete the checkpoints after `step`: a run that goes on from there has left them behind."""
     for path in list_checkpoints(output_dir):
         if int(path.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(path)
@@ -143,7 +115,10 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
     if resume_from == "latest":
         newest = next(reversed(list_checkpoints(output_dir)), None)
         if newest is None and (output_dir / ADAPTER).exists():
-            raise InputError(f"{output_dir} holds a finished adapter but no checkpoint to resume from")
+            raise InputError(
+                f"--output_dir {output_dir} holds a finished adapter but no checkpoint to resume from: train "
+                "it further by --adapter into another folder, or delete it by --overwrite_output_dir"
+            )
         return newest
     if not (Path(resume_from) / STATE).is_file():
         raise InputError(
@@ -161,23 +136,31 @@ def load_checkpoint(folder: Path, model, optimizer, scaler, names: list[str]) ->
     except Exception as error:  # safetensors has its own exception type, json and the file system have theirs
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from error
     try:
-        unfit = set_peft_model_state_dict(model, adapter)
+        check_complete(
+            set_peft_model_state_dict(model, adapter),
+            f"the adapter in {folder} does not fit this run's --lora_target_modules",
+        )
     except RuntimeError as error:  # shapes: its message has a line for each tensor
         raise InputError(
             f"the adapter in {folder} has other shapes than this run: {str(error).splitlines()[-1].strip()}"
         ) from error
-    lost = [key for key in unfit.missing_keys if "lora_" in key] + list(unfit.unexpected_keys)
-    if lost:
-        raise InputError(f"the adapter in {folder} does not fit this run's --lora_target_modules: {lost[0]}")
-    prefix = "optimizer/"
-    restore_optimizer(
-        optimizer,
-        names,
-        {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)},
-    )
-    scaler.load_state_dict(state["scaler"])
-    _restore_rng(tensors, state["python_rng"])
-    return Progress(**state["progress"])
+    try:
+        restore_optimizer(
+            optimizer,
+            names,
+            {
+                key.removeprefix("optimizer/"): value
+                for key, value in tensors.items()
+                if key.startswith("optimizer/")
+            },
+        )
+        if bool(state["scaler"]) != scaler.is_enabled():
+            raise InputError(f"{folder} was written with another --dtype: only float16 scales its loss")
+        scaler.load_state_dict(state["scaler"])
+        _restore_rng(tensors, state["python_rng"])
+        return Progress(**state["progress"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder / STATE} or {STATE_TENSORS} is damaged: {first_line(error)}") from error
 
 
 def _rng_tensors() -> dict[str, torch.Tensor]:

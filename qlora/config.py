@@ -1,5 +1,6 @@
 """Every flag of train.py and generate.py: name, type, default, help text and limits. Parsing is strict."""
 
+import argparse
 import dataclasses
 import math
 import re
@@ -8,6 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transformers import HfArgumentParser
+
+from qlora.errors import InputError
+from qlora.rows import parse_split
 
 
 def flag(default, help: str):
@@ -106,8 +110,8 @@ class TrainConfig:
     )
     validation_split: str | None = flag(
         None,
-        "Validation rows of --dataset: a share (0.05) or a number of rows (200) held out of training, or the "
-        "name of another split; beside --validation_dataset, the name of its split.",
+        "Validation rows of --dataset: a share (0.05, 5%%) or a number of rows (200) held out of training, "
+        "or the name of another split; beside --validation_dataset, the name of its split.",
     )
     validation_dataset: str | None = flag(None, "Validation rows from a hub id, file or folder of their own.")
     group_by_length: bool = flag(
@@ -117,7 +121,9 @@ class TrainConfig:
     # Training
     output_dir: str = flag("outputs", "Folder for the adapter, checkpoint-N folders and metrics.jsonl.")
     overwrite_output_dir: bool = flag(
-        False, "Delete an earlier run's adapter, checkpoints and metrics in --output_dir."
+        False,
+        "Replace an earlier run in --output_dir: its checkpoints, adapter and metrics go after this run's "
+        "first step.",
     )
     num_train_epochs: float = flag(1.0, "Passes over the rows. One epoch is common for 10,000 rows and more.")
     max_steps: int = flag(-1, "Optimizer steps; wins over --num_train_epochs when above 0.")
@@ -135,7 +141,9 @@ class TrainConfig:
         "cosine", "Decay after the warm-up. cosine and linear end at 0; QLoRA itself used constant."
     )
     warmup_ratio: float = flag(
-        0.03, "Share of the steps in which the rate climbs from 0 to its peak, as in QLoRA."
+        0.03,
+        "Share of the steps in which the rate climbs to its peak, as in QLoRA. It starts at 0: a run of one "
+        "step learns only with 0 here.",
     )
     warmup_steps: int = flag(0, "Warm-up in steps; wins over --warmup_ratio when above 0.")
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = flag(
@@ -198,6 +206,9 @@ class TrainConfig:
         )
         _require(self, "seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
         _require(self, "max_steps", lambda value: value == -1 or value >= 1, "-1 (off) or at least 1")
+        _require_split("split", self.split)
+        if self.validation_split and self.held_out is None:
+            _require_split("validation_split", self.validation_split)
         amount = self.held_out
         if amount is not None and not (0 < amount < 1 or (amount >= 1 and amount % 1 == 0)):
             raise ValueError(
@@ -220,9 +231,10 @@ class TrainConfig:
     @property
     def held_out(self) -> float | None:
         """--validation_split as an amount (below 1 a share, else rows), or None if it names a split."""
+        text = self.validation_split or ""
         try:
-            return float(self.validation_split)
-        except (TypeError, ValueError):
+            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
             return None
 
     def check_given(self, given: set[str]) -> None:
@@ -236,6 +248,12 @@ class TrainConfig:
         if not self.load_in_4bit:
             _refuse(
                 given, "bnb_4bit_quant_type bnb_4bit_use_double_quant", "means nothing with --no_load_in_4bit"
+            )
+        if not (self.validation_split or self.validation_dataset):
+            _refuse(
+                given,
+                "eval_steps per_device_eval_batch_size",
+                "needs --validation_split or --validation_dataset",
             )
         if self.report_to == "none":
             _refuse(given, "run_name", "needs --report_to wandb")
@@ -251,11 +269,11 @@ class GenerateConfig:
     )
     adapter: str | None = flag(None, "LoRA adapter folder (or hub id). Without it the base answers.")
     dtype: Literal["float16", "bfloat16", "float32"] = flag(
-        "float16", "Compute type; use the one of the training."
+        "float16", "Compute type. This and the next three: as in the training, where the adapter says it."
     )
-    load_in_4bit: bool = flag(True, "Quantize the base to 4 bits, as it was in training.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type, as it was in training.")
-    bnb_4bit_use_double_quant: bool = flag(True, "Double quantization, as it was in training.")
+    load_in_4bit: bool = flag(True, "Quantize the base to 4 bits.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.")
+    bnb_4bit_use_double_quant: bool = flag(True, "Quantize the block constants too.")
     trust_remote_code: bool = flag(False, "Let the model repository run its own Python code. Off for safety.")
 
     # Prompts
@@ -273,11 +291,20 @@ class GenerateConfig:
     batch_size: int = flag(8, "Prompts answered at once with --prompts_file (left-padded).")
     dataset_format: Literal[
         "auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"
-    ] = flag("auto", "How a prompt is wrapped. auto: as the adapter was trained, or plain text without one.")
+    ] = flag(
+        "auto", "How a prompt is wrapped. auto: as in the training, or as plain text if that is unknown."
+    )
+    dataset_text_field: str = flag(
+        "text", "Column of the text in the rows of --prompts_file; as in the training, where that is known."
+    )
 
     # Sampling, under Hugging Face's names
     max_new_tokens: int = flag(256, "Longest answer in tokens; it ends earlier at the end-of-sequence token.")
-    do_sample: bool = flag(False, "Sample instead of taking the likeliest token each time.")
+    do_sample: bool = flag(
+        False,
+        "Sample instead of taking the likeliest token each time. Only these flags count, not the sampling "
+        "settings that come with the model.",
+    )
     temperature: float = flag(
         1.0,
         "Below 1 sharpens, above 1 flattens the distribution. Needs --do_sample. QLoRA evaluated Guanaco at "
@@ -318,15 +345,17 @@ class GenerateConfig:
             _refuse(given, "batch_size", "needs --prompts_file")
 
 
-def parse_args(config_class, argv: list[str] | None = None):
+def parse_args(config_class, argv: list[str] | None = None, defaults: dict | None = None):
     """Parse `argv` (default: the command line) into `config_class`; any mistake is one line and exit code 2.
 
+    `defaults` stand in for flags that are not given, and are checked like them.
     HfArgumentParser.parse_args_into_dataclasses is avoided: it reads a stray `train.args` file and shows
     tracebacks.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _OneLineParser(config_class, allow_abbrev=False)
-    values = vars(parser.parse_args(argv))
+    parser = _OneLineParser(config_class, allow_abbrev=False, formatter_class=_Help)
+    default_flags = [f"--{name}={value}" for name, value in (defaults or {}).items()]
+    values = vars(parser.parse_args([*default_flags, *argv]))
     words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
     given = {word.removeprefix("no_") for word in words}
     try:
@@ -335,6 +364,13 @@ def parse_args(config_class, argv: list[str] | None = None):
     except ValueError as error:
         parser.error(str(error))
     return config
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        if action.required or action.default is None:  # "default: None" says nothing
+            return action.help
+        return super()._get_help_string(action)
 
 
 class _OneLineParser(HfArgumentParser):
@@ -347,6 +383,13 @@ def _require(config, names: str, holds, limit: str) -> None:
         value = getattr(config, name)
         if value != value or value in (math.inf, -math.inf) or not holds(value):
             raise ValueError(f"--{name} must be {limit}, not {value}")
+
+
+def _require_split(name: str, split: str) -> None:
+    try:
+        parse_split(split)
+    except InputError as error:
+        raise ValueError(f"--{name}: {error}") from error
 
 
 def _require_text(config) -> None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -20,11 +21,42 @@ from qlora.prompts import (
     row_segments,
     starts_with_bos,
 )
-from qlora.rows import LocatedRow
+from qlora.rows import LocatedRow, read_rows
 
 SAMPLE_ROWS = 100  # rows that decide the format
 PAD_MULTIPLE = 8  # tensor cores like dimensions that are multiples of 8
 GROUP_STEPS = 50  # group_by_length sorts within this many steps, so that the order stays mostly random
+
+
+def load_data(config, tokenizer, model_config) -> tuple["TokenizedRows", "TokenizedRows | None"]:
+    """Training and validation rows of a TrainConfig, tokenized and checked against the model's limits.
+
+    Raises InputError for whatever is wrong with them.
+    """
+    max_length = config.max_length
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is not None:
+        context -= context % PAD_MULTIPLE  # batches are padded to that, and positions may be learned
+        if max_length > context:
+            print(f"--max_length {max_length} is more than the model's context: {context} is used.")
+            max_length = context
+    tokenize = partial(
+        tokenize_rows, tokenizer=tokenizer, text_field=config.dataset_text_field, max_length=max_length,
+        completion_only_loss=config.completion_only_loss,
+    )  # fmt: skip
+    rows = read_rows(config.dataset, config.split, config.dataset_config)
+    train_rows = tokenize(rows, row_format=config.dataset_format, name=config.dataset)
+    validation_rows = None
+    if config.held_out is not None:
+        train_rows, validation_rows = hold_out(train_rows, config.held_out, config.seed)
+    elif config.validation_split or config.validation_dataset:
+        dataset, split = config.validation_dataset or config.dataset, config.validation_split or "train"
+        rows = read_rows(dataset, split, None if config.validation_dataset else config.dataset_config)
+        validation_rows = tokenize(rows, row_format=train_rows.row_format, name=f"{dataset} ({split})")
+    for rows in filter(None, (train_rows, validation_rows)):
+        check_vocabulary(rows, model_config.vocab_size)
+    return train_rows, validation_rows
+
 
 # ---------------------------------------------------------------- tokenizing
 
@@ -112,6 +144,7 @@ def tokenize_rows(
     sample = list(islice(located_rows, SAMPLE_ROWS))
     row_format = _checked_format([row for _, row in sample], row_format, text_field, name)
     if row_format == "messages" and tokenizer.chat_template is None:
+        print("The tokenizer has no chat template: turns are written as ### Human: and ### Assistant:.")
         tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE  # saved with the adapter's tokenizer
     adds_bos = starts_with_bos(row_format, tokenizer)
     input_ids, labels, offsets = _IntBuffer(), _IntBuffer(), [0]

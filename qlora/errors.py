@@ -3,3 +3,9 @@
 
 class InputError(Exception):
     """Something given cannot be used; the message names the flag, file, row or field, and what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's exception says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

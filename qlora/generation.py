@@ -1,6 +1,53 @@
-"""Answers to tokenized prompts, in left-padded batches."""
+"""Prompts as token ids, and answers to them in left-padded batches."""
 
 import torch
+
+from qlora.errors import InputError
+from qlora.prompts import DropRow, Segment, chat_segments, encode, prompt_segments, starts_with_bos
+
+
+class PromptWriter:
+    """Writes chats and rows as the ids of a prompt, in the row format that the adapter was trained on.
+
+    Raises InputError for a prompt that cannot be written, is empty, or has more than `max_tokens` tokens.
+    """
+
+    def __init__(self, tokenizer, row_format: str, text_field: str, max_tokens: float):
+        self.tokenizer = tokenizer
+        self.row_format = row_format
+        self.text_field = text_field
+        self.max_tokens = max_tokens
+        self.adds_bos = starts_with_bos(row_format, tokenizer)
+
+    @property
+    def has_history(self) -> bool:
+        """Whether earlier turns of a chat are part of a prompt."""
+        return self.row_format not in ("alpaca", "prompt_completion")
+
+    def chat(self, messages: list[dict]) -> list[int]:
+        """The prompt of the next answer in a chat of {"role", "content"} turns."""
+        try:
+            return self._ids(chat_segments(messages, self.row_format, self.tokenizer), "the prompt")
+        except DropRow as reason:
+            raise InputError(f"the prompt cannot be written as {self.row_format}: {reason}") from reason
+
+    def row(self, row: dict, where: str) -> list[int]:
+        """The prompt of a row of data, without its answer if it has one."""
+        try:
+            return self._ids(prompt_segments(row, self.row_format, self.text_field, self.tokenizer), where)
+        except DropRow as reason:
+            raise InputError(f"{where}: {reason}") from reason
+
+    def _ids(self, segments: list[Segment], where: str) -> list[int]:
+        ids, _ = encode(segments, self.adds_bos, self.tokenizer)
+        if not ids:
+            raise InputError(f"{where} is empty")
+        if len(ids) > self.max_tokens:
+            raise InputError(
+                f"{where} has {len(ids)} tokens: with the answer's --max_new_tokens that is more than the "
+                f"model's context, which leaves {self.max_tokens} for a prompt"
+            )
+        return ids
 
 
 @torch.no_grad()

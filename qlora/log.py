@@ -11,12 +11,15 @@ from tqdm import tqdm
 
 
 class RunLog:
-    """A progress bar and metrics.jsonl in `output_dir`; with a tracker, its copy of the same numbers."""
+    """A progress bar and metrics.jsonl in `output_dir`; with a tracker, its copy of the same numbers.
+
+    An earlier run's metrics.jsonl is left alone until the first line: a run that fails before loses nothing.
+    """
 
     def __init__(self, output_dir: Path, total_steps: int, first_step: int, tracker=None):
         self.path = output_dir / "metrics.jsonl"
-        _keep_until(self.path, first_step)
-        self.file = open(self.path, "a", buffering=1)  # a line at a time: a kill loses none
+        self.first_step = first_step
+        self.file = None
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self.tracker = tracker
 
@@ -48,13 +51,17 @@ class RunLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
+        if self.file is None:
+            _keep_until(self.path, self.first_step)
+            self.file = open(self.path, "a", buffering=1)  # a line at a time: a kill loses none
         self.file.write(json.dumps(line) + "\n")
         if self.tracker is not None:
             self.tracker.log(values)
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.tracker is not None:
             self.tracker.finish()
 

@@ -1,18 +1,16 @@
-"""The frozen 4-bit base, the LoRA adapter on it, and the tokenizer."""
+"""The frozen 4-bit base, its tokenizer, and what makes it ready for training."""
 
 from functools import partial
-from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
-from qlora.errors import InputError
+from qlora.adapter import adapter_file
+from qlora.errors import InputError, first_line
 
 
 def load_config(model: str, trust_remote_code: bool = False):
@@ -22,8 +20,8 @@ def load_config(model: str, trust_remote_code: bool = False):
 
 def load_tokenizer(model: str, adapter: str | None = None, trust_remote_code: bool = False):
     """The tokenizer kept beside the adapter, else the model's; no token is added, no pad token needed."""
-    kept = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-    return _from_hub(AutoTokenizer, adapter if kept else model, trust_remote_code=trust_remote_code)
+    is_kept = adapter is not None and adapter_file(adapter, "tokenizer_config.json") is not None
+    return _from_hub(AutoTokenizer, adapter if is_kept else model, trust_remote_code=trust_remote_code)
 
 
 def load_base(
@@ -62,67 +60,17 @@ def load_base(
     base = _from_hub(AutoModelForCausalLM, model, **options)
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype, module.compute_type_is_set = (
-                dtype,
-                True,
-            )  # a 4-bit checkpoint stores its own
+            module.compute_dtype = dtype  # a 4-bit checkpoint stores its own
+            module.compute_type_is_set = True  # else bitsandbytes would guess it anew from the first input
             # On CPUs with AVX512-BF16 a forward in eval mode repacks the weights for inference, after which
             # no gradient reaches the adapter: one evaluation would silently end the training (bitsandbytes
             # 0.50).
             module.support_avx512bf16_for_cpu = False
     base.config.use_cache = False
+    # Sampling is what generate.py's flags say: transformers would fill in the model's own temperature, beams
+    # and penalties behind them. Only the tokens that end an answer are kept.
+    base.generation_config = GenerationConfig(eos_token_id=base.generation_config.eos_token_id)
     return base
-
-
-def add_adapter(
-    base, r: int, alpha: int, dropout: float, target_modules: list[str], use_rslora: bool, use_dora: bool
-):
-    """Freeze the base and add a fresh float32 LoRA adapter; seed first, its A matrices are random."""
-    targets = "all-linear" if target_modules == ["all-linear"] else target_modules
-    linear = [name for name, module in base.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-    for target in target_modules if targets != "all-linear" else []:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
-            raise InputError(
-                f"--lora_target_modules: this model has no linear layer named {target!r}; it has {known}"
-            )
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets,
-        bias="none",
-        task_type="CAUSAL_LM",
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-    )
-    return get_peft_model(base, config)
-
-
-def check_adapter(adapter: str) -> None:
-    """Raise InputError, before anything is loaded, if `adapter` is no LoRA adapter folder or hub id."""
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (ValueError, OSError) as error:
-        raise InputError(
-            f"--adapter {adapter} is no adapter folder with an adapter_config.json, nor one on the hub: "
-            f"{_first_line(error)}"
-        ) from error
-    if config.peft_type != "LORA":
-        raise InputError(f"--adapter {adapter} is of type {config.peft_type}, not LoRA")
-
-
-def load_adapter(base, adapter: str, is_trainable: bool):
-    """Put a saved LoRA adapter on the base, float32; raises InputError if it does not belong to it."""
-    try:
-        model = PeftModel.from_pretrained(base, adapter, is_trainable=is_trainable)
-    except (ValueError, OSError, SafetensorError) as error:
-        raise InputError(f"cannot load an adapter from {adapter}: {_first_line(error)}") from error
-    except RuntimeError as error:
-        raise InputError(
-            f"the adapter {adapter} does not fit this base model: {_first_line(error)}"
-        ) from error
-    return model
 
 
 def check_gradients(trainable: list[tuple[str, torch.nn.Parameter]]) -> None:
@@ -144,7 +92,7 @@ def prepare_for_training(model, gradient_checkpointing: bool) -> list[tuple[str,
     if gradient_checkpointing:
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:
-            raise InputError("this model's layers cannot be checkpointed: --gradient_checkpointing none")
+            raise InputError("this model's layers cannot be checkpointed: use --gradient_checkpointing none")
         for layer in layers:
             layer.gradient_checkpointing = True
             # Non-reentrant: the reentrant kind needs an input that requires a gradient.
@@ -155,6 +103,19 @@ def prepare_for_training(model, gradient_checkpointing: bool) -> list[tuple[str,
         if parameter.dtype != torch.float32:
             raise InputError(f"the trainable weight {name} is {parameter.dtype}; it must be float32")
     return trainable
+
+
+def quantized_share(model) -> float:
+    """Share of the frozen parameters that are held in 4 bits."""
+    total = in_4bit = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            in_4bit += state.shape.numel()
+            total += state.shape.numel()
+        elif not parameter.requires_grad:
+            total += parameter.numel()
+    return in_4bit / total
 
 
 def base_memory_bytes(model) -> int:
@@ -175,12 +136,7 @@ def _from_hub(auto_class, model: str, **options):
         return auto_class.from_pretrained(model, **options)
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise InputError(
-            f"cannot load '{model}': {_first_line(error)} - give a model folder or a hub id; for a hub model "
+            f"cannot load '{model}': {first_line(error)} - give a model folder or a hub id; for a hub model "
             "check the name and the network, and for a gated one (such as meta-llama/Llama-2-7b-hf) accept "
             "its licence on its page and run `hf auth login`"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -24,10 +24,15 @@ FALLBACK_CHAT_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}### Assistant: {{ message['content'] }}{{ eos_token }}\n"
     "{% elif message['role'] == 'system' %}### System: {{ message['content'] }}\n"
-    "{% else %}### Human: {{ message['content'] }}\n{% endif %}"
+    "{% elif message['role'] == 'user' %}### Human: {{ message['content'] }}\n"
+    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}### Assistant:{% endif %}"
 )
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# Names that data sets give the two sides of a chat. Others (tool, say) are left to the chat template.
+ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "bot": "assistant",
+}  # fmt: skip
 
 
 class DropRow(Exception):
@@ -113,7 +118,8 @@ def prompt_segments(row: dict, row_format: str, text_field: str, tokenizer) -> l
 def chat_segments(messages: list[dict], row_format: str, tokenizer) -> list[Segment]:
     """Write a chat ({"role", "content"} turns, the user's last) as the prompt of the next answer.
 
-    alpaca and prompt_completion know no history: only the last turn is kept. Plain text goes on as it is.
+    alpaca and prompt_completion know no history: only the last turn is kept. Plain text goes on as it is,
+    a later question on a line of its own.
     """
     if not messages or messages[-1]["role"] == "assistant":
         raise DropRow("no question")
@@ -128,8 +134,9 @@ def chat_segments(messages: list[dict], row_format: str, tokenizer) -> list[Segm
     elif row_format == "llama2":
         turns = {"user": "<s>[INST] {} [/INST]", "assistant": " {} </s>"}
     else:
-        turns = {"user": "{}", "assistant": "{}"}
+        turns = {"user": "\n{}", "assistant": "{}"}
     text = "".join(turns[message["role"]].format(message["content"]) for message in messages)
+    text = text.removeprefix("\n")
     return _text_segments(text, row_format, tokenizer)
 
 
@@ -229,7 +236,7 @@ def _messages(row: dict) -> list[dict]:
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         if not isinstance(role, str) or not isinstance(content, str):
             raise DropRow(f"a message in '{column}' has no text or no role")
-        messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": content})
+        messages.append({"role": ROLES.get(role, role), "content": content})
     return messages
 
 

@@ -21,6 +21,13 @@ from demo.make_base import make_base, make_tokenizer  # noqa: E402
 # Double quantization on the CPU depends on the number of threads: identity needs it fixed.
 torch.set_num_threads(1)
 
+
+def pytest_configure(config):
+    """Without -m gpu the tests are those of a CPU, whether or not there is a card."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 COLORS = ["red", "green", "blue", "white", "black", "brown"]
 THINGS = ["leaf", "cloud", "river", "stone", "house", "apple tree", "very old wooden boat"]
 ROWS = [

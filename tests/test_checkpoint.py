@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.checkpoint import ADAPTER, Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from qlora.adapter import ADAPTER
+from qlora.checkpoint import STATE, Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from qlora.errors import InputError
 from qlora.optim import build_optimizer
 
@@ -65,6 +66,14 @@ def test_a_damaged_checkpoint_is_one_line(trained, name):
     checkpoint = save(trained, 3)
     (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:40])
     with pytest.raises(InputError, match=r"checkpoint-3 cannot be read"):
+        load(trained, checkpoint)
+
+
+@pytest.mark.parametrize("change", ["{}", '{"scaler": {}, "python_rng": [3, [1, 2], null], "progress": {}}'])
+def test_a_state_of_another_kind_is_one_line(trained, change):
+    checkpoint = save(trained, 3)
+    (checkpoint / STATE).write_text(change)
+    with pytest.raises(InputError, match=r"is damaged|another --dtype"):
         load(trained, checkpoint)
 
 

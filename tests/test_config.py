@@ -135,6 +135,11 @@ def test_every_number_has_a_limit():
         (["--validation_split", "inf"], "--validation_split"),
         (["--validation_split", "-1"], "--validation_split"),
         (["--validation_split", "1.5"], "--validation_split"),  # neither a share nor a number of rows
+        (["--split", "train[:10"], "--split: cannot read the split 'train[:10'"),
+        (["--validation_split", "val[5"], "--validation_split: cannot read"),
+        (["--validation_split", "120%"], "--validation_split"),
+        (["--eval_steps", "5"], "--eval_steps needs --validation_split or --validation_dataset"),
+        (["--per_device_eval_batch_size", "5"], "--per_device_eval_batch_size needs"),
         (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "exclude each other"),
         (["--adapter", "a", "--lora_r", "8"], "--lora_r is fixed by the adapter"),
         (["--adapter", "a", "--lora-r=8"], "--lora_r is fixed by the adapter"),
@@ -263,7 +268,14 @@ def test_a_value_arrives_with_its_type(argv, name, value):
 
 @pytest.mark.parametrize(
     "value, amount",
-    [("0.05", 0.05), (".5", 0.5), ("validation", None), ("train[:10]", None), ("val[5%:]", None)],
+    [
+        ("0.05", 0.05),
+        (".5", 0.5),
+        ("10%", 0.1),
+        ("validation", None),
+        ("train[:10]", None),
+        ("val[5%:]", None),
+    ],
 )
 def test_an_amount_to_hold_out_is_told_from_the_name_of_a_split(value, amount):
     assert parse(TrainConfig, "--validation_split", value).held_out == amount
@@ -306,8 +318,9 @@ def test_help_shows_every_flag_with_its_default(capsys, config_class):
     entries = dict(re.findall(r"^  --(\w+)[ ,](.*?)(?=^  -|\Z)", text, re.MULTILINE | re.DOTALL))
     for field in dataclasses.fields(config_class)[1:]:
         default = getattr(config_class(model="m"), field.name)
-        assert " ".join(entries[field.name].split()).endswith(f"(default: {default})"), field.name
-    assert "model" in entries
+        text = " ".join(entries[field.name].split())
+        assert text.endswith(f"(default: {default})") != (default is None), field.name
+    assert "model" in entries and "(default: None)" not in " ".join(entries.values())
 
 
 def test_the_same_flag_means_the_same_in_both_scripts():

@@ -1,16 +1,21 @@
 """Generation: batches equal single prompts, formats travel with the adapter, the real command line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import generate as script
 import train
+from qlora.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter
 from qlora.config import TrainConfig, parse_args
-from qlora.generation import generate
+from qlora.errors import InputError
+from qlora.generation import PromptWriter, generate, stop_ids
 from qlora.prompts import chat_segments, encode, prompt_segments, row_segments, starts_with_bos
 from tests.conftest import ROOT, ROWS
 
@@ -120,6 +125,155 @@ def test_a_question_is_written_as_in_training(row_format, row, tokenizer):
     assert labels[len(prompt)] != -100 and set(labels[: len(prompt)]) == {-100}
 
 
+def test_a_chat_in_plain_text_puts_a_later_question_on_its_own_line(tokenizer):
+    messages = [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": " A leaf."}]
+    messages.append({"role": "user", "content": "What is blue?"})
+    assert chat_segments(messages, "text", tokenizer) == [("What is red? A leaf.\nWhat is blue?", True)]
+
+
+def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(tokenizer):
+    writer = PromptWriter(tokenizer, "text", "text", max_tokens=4)
+    assert len(writer.row({"text": "What"}, "row 1")) <= 4
+    with pytest.raises(InputError, match=r"row 2 has .* tokens"):
+        writer.row({"text": "What does a red leaf look like?"}, "row 2")
+
+
+def test_the_models_own_sampling_settings_do_not_count(adapter, base, tokenizer, tmp_path):
+    """Such as Qwen's: a temperature, penalties, beams; only its end tokens do."""
+    shutil.copytree(base, tmp_path / "model")
+    settings = {
+        "num_beams": 3,
+        "repetition_penalty": 5.0,
+        "max_length": 9,
+        "min_p": 0.9,
+        "eos_token_id": [2, 7],
+    }
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    ids = prompt_ids(tokenizer, ROWS[0])
+    own, plain = (
+        train.load_base(folder, torch.float32, torch.device("cpu"))
+        for folder in (str(tmp_path / "model"), base)
+    )
+    assert stop_ids(own, tokenizer) == sorted({2, 7, tokenizer.eos_token_id})
+    options = {"autocast": FP32, "max_new_tokens": 12}
+    assert generate(own, tokenizer, [ids], **options) == generate(plain, tokenizer, [ids], **options)
+    options |= {"do_sample": True, "seed": 1}
+    assert generate(own, tokenizer, [ids], **options) == generate(plain, tokenizer, [ids], **options)
+
+
+@pytest.mark.parametrize(
+    "flags, changed",
+    [
+        ("--do_sample --temperature 3", {"do_sample": True, "temperature": 3.0}),
+        ("--do_sample --top_k 2", {"do_sample": True, "top_k": 2}),
+        ("--do_sample --top_p 0.3", {"do_sample": True, "top_p": 0.3}),
+        ("--do_sample --seed 5", {"do_sample": True, "seed": 5}),
+        ("--repetition_penalty 1.5", {"repetition_penalty": 1.5}),
+        ("--max_new_tokens 3", {"max_new_tokens": 3}),
+        ("--bnb_4bit_quant_type fp4", {"quantization": ("fp4", True)}),
+        ("--no_bnb_4bit_use_double_quant", {"quantization": ("nf4", False)}),
+        ("--no_load_in_4bit", {"quantization": None}),
+        ("--dtype bfloat16", {"dtype": torch.bfloat16}),
+    ],
+)
+def test_every_flag_reaches_the_model(adapter, base, flags, changed, monkeypatch):
+    calls = []
+
+    def record(model, tokenizer, prompts, autocast, **options):
+        layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+        state = getattr(layer.weight, "quant_state", None)
+        quantization = state and (state.quant_type, state.nested)
+        calls.append(options | {"quantization": quantization, "dtype": model.get_base_model().dtype})
+
+    monkeypatch.setattr(script, "generate", record)
+    argv = ["--model", base, "--adapter", adapter[1], "--prompt", "What?", "--max_new_tokens", "40"]
+    for more in ([], flags.split()):
+        script.main(script.flags([*argv, *more]))
+    (plain, got) = ({name: call.get(name) for name in changed} for call in calls)
+    assert got == changed and plain != changed
+
+
+def test_what_the_training_used_is_what_the_flags_leave_open(run, base):
+    _, folder = run("--max_steps 1 --bnb_4bit_quant_type fp4 --no_bnb_4bit_use_double_quant --dtype bfloat16")
+    argv = ["--model", base, "--adapter", str(folder)]
+    config = script.flags(argv)
+    assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("fp4", False)
+    assert (config.dtype, config.dataset_format) == ("bfloat16", "prompt_completion")
+    config = script.flags([*argv, "--bnb_4bit_quant_type", "nf4", "--dtype", "float32"])
+    assert (config.bnb_4bit_quant_type, config.dtype) == ("nf4", "float32")
+    (folder / SETTINGS).write_text('{"dtype": "float32"')
+    with pytest.raises(InputError, match=f"{SETTINGS} is damaged"):
+        script.flags(argv)
+
+
+def test_an_adapter_that_does_not_say_how_it_was_trained_is_said_so(run, base, capsys):
+    _, folder = run("--max_steps 1")
+    (folder / SETTINGS).unlink()
+    assert script.flags(["--model", base, "--adapter", str(folder)]).dataset_format == "auto"
+    assert "does not say how it was trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors.pop(next(iter(tensors))), "it lacks base_model"),
+        (
+            lambda tensors: tensors.update(
+                {"base_model.model.model.layers.9.x.lora_A.weight": torch.ones(1)}
+            ),
+            "layers.9",
+        ),
+        (lambda tensors: tensors.update({next(iter(tensors)): torch.ones(3, 3)}), "does not fit"),
+    ],
+)
+def test_half_an_adapter_is_refused(run, base, change, message):
+    _, folder = run("--max_steps 1")
+    tensors = load_file(folder / ADAPTER)
+    change(tensors)
+    save_file(tensors, folder / ADAPTER)
+    with pytest.raises(InputError, match=message):
+        script.main(
+            script.flags(
+                ["--model", base, "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "9"]
+            )
+        )
+
+
+def test_a_hub_adapter_brings_its_settings_and_tokenizer(run, base, tmp_path, monkeypatch):
+    """The hub's cache, filled as hf_hub_download does it; nothing is asked of the network."""
+    _, folder = run("--max_steps 1 --bnb_4bit_quant_type fp4")
+    snapshot = tmp_path / "hub" / "models--someone--adapter" / "snapshots" / ("0" * 40)
+    shutil.copytree(folder, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    check_adapter("someone/adapter")
+    assert script.flags(["--model", base, "--adapter", "someone/adapter"]).bnb_4bit_quant_type == "fp4"
+    assert adapter_file("someone/adapter", "tokenizer_config.json").parent == snapshot
+    assert adapter_file("someone/adapter", "no-such-file.json") is None
+
+
+def test_the_chat_goes_on_after_a_question_that_is_stopped_or_too_long(tokenizer, monkeypatch, capsys):
+    asked, lines = [], iter(["first", "second", "word " * 99, "third", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+
+    def answer(prompts, seed, streamer):
+        asked.append(tokenizer.decode(prompts[0]))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return [" an answer"]
+
+    script.chat(PromptWriter(tokenizer, "guanaco", "text", max_tokens=120), answer, seed=0)
+    assert len(asked) == 3 and "first" in asked[2] and "an answer" in asked[2] and "second" not in asked[2]
+    assert "stopped" in (printed := capsys.readouterr().out) and "the prompt has" in printed
+
+
+def test_the_chat_says_so_if_its_format_has_no_history(tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr("builtins.input", lambda _: "")
+    script.chat(PromptWriter(tokenizer, "alpaca", "text", max_tokens=120), None, seed=0)
+    assert "stands alone" in capsys.readouterr().out
+
+
 def command(*flags: str, **options):
     return subprocess.run(
         [sys.executable, "generate.py", *flags], cwd=ROOT, capture_output=True, text=True, **options
@@ -221,7 +375,8 @@ def test_the_chat_answers_until_the_input_ends(adapter, base):
         (["--prompt", "x", "--adapter", "nowhere", "--max_new_tokens", "5"], 1, "nowhere"),
         (["--prompts_file", "missing.txt"], 1, "missing.txt"),
         (["--prompts_file", "a.txt", "--output_file", "./a.txt"], 1, "overwrite the prompts"),
-        (["--prompt", "word " * 300], 1, "context of 256"),
+        (["--prompt", "word " * 300], 1, "context, which leaves 0 for a prompt"),
+        (["--prompts_file", "README.md", "--output_file", "no-such-folder/a.jsonl"], 1, "no such folder"),
     ],
 )
 def test_mistakes_are_one_line(base, flags, code, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora.checkpoint import ADAPTER
+from qlora.adapter import ADAPTER
 from qlora.optim import build_optimizer, optimizer_tensors, restore_optimizer
 
 pytestmark = pytest.mark.gpu

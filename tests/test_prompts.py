@@ -503,3 +503,19 @@ def test_an_unusable_row_is_dropped_for_its_reason(tokenizer, row, row_format, r
         row_segments(row, row_format, "text", tokenizer)
     assert reason in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("role", ["gpt", "chatgpt", "bing", "bard", "model", "assistant"])
+def test_the_answers_of_every_assistant_are_trained(role, tokenizer):
+    tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+    row = {"conversations": [{"from": "human", "value": "Red?"}, {"from": role, "value": "A leaf."}]}
+    segments = row_segments(row, "messages", "text", tokenizer)
+    assert "".join(text for text, trained in segments if trained).strip().startswith("A leaf.")
+
+
+def test_a_role_that_the_plain_chat_template_does_not_know_drops_the_row(tokenizer):
+    tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+    turns = [("user", "Red?"), ("tool", "42"), ("assistant", "A leaf.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    with pytest.raises(DropRow, match="unknown role tool"):
+        row_segments(row, "messages", "text", tokenizer)

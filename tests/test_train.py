@@ -5,13 +5,22 @@ import shutil
 import subprocess
 import sys
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 
 import train
-from qlora.checkpoint import ADAPTER, STATE_TENSORS
+from qlora.adapter import ADAPTER
+from qlora.checkpoint import STATE, STATE_TENSORS
 from qlora.data import tokenize_rows
 from qlora.evaluate import evaluate_loss
 from qlora.generation import generate
@@ -130,13 +139,13 @@ def test_loss_falls_in_every_dtype(run):
 
 
 RESUME_FLAGS = (
-    "--max_steps 6 --save_steps 3 --logging_steps 2 --lora_r 64 --lora_dropout 0.1 --save_total_limit 0"
+    "--max_steps 8 --save_steps 4 --logging_steps 3 --lora_r 64 --lora_dropout 0.1 --save_total_limit 0"
 )
 
 
 def rest_of_state(folder) -> dict:
     """Progress, scaler and Python's random state at the end; not the clock, nor how the run was started."""
-    state = json.loads((folder / "checkpoint-6" / "training_state.json").read_text())
+    state = json.loads((folder / "checkpoint-8" / STATE).read_text())
     del state["progress"]["window_seconds"], state["config"]
     return state
 
@@ -153,16 +162,16 @@ def rest_of_state(folder) -> dict:
 def test_resume_equals_an_uninterrupted_run_bit_by_bit(run, flags):
     _, folder = run(RESUME_FLAGS, flags)
     want, want_metrics = adapter(folder), metrics(folder)
-    want_state, want_rest = load_file(folder / "checkpoint-6" / STATE_TENSORS), rest_of_state(folder)
+    want_state, want_rest = load_file(folder / "checkpoint-8" / STATE_TENSORS), rest_of_state(folder)
     if "8bit" in flags:
         assert any(
             tensor.dtype == torch.uint8 for name, tensor in want_state.items() if name.endswith("/state1")
         )
-    shutil.rmtree(folder / "checkpoint-6")  # as if killed after step 3
+    shutil.rmtree(folder / "checkpoint-8")  # as if killed after step 4, the first of the second epoch
     (folder / ADAPTER).unlink()
     run(RESUME_FLAGS, flags, "--resume_from_checkpoint latest")
     assert_same(adapter(folder), want)
-    assert_same(load_file(folder / "checkpoint-6" / STATE_TENSORS), want_state)
+    assert_same(load_file(folder / "checkpoint-8" / STATE_TENSORS), want_state)
     assert rest_of_state(folder) == want_rest
     for line in (*want_metrics, *(resumed := metrics(folder))):
         del line["tokens_per_s"]
@@ -299,15 +308,34 @@ def test_checkpoints_rotate(run):
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_an_earlier_run_is_not_overwritten_unless_asked(run):
-    _, folder = run("--max_steps 2")
+def test_an_earlier_run_is_not_overwritten_unless_asked(run, monkeypatch):
+    _, folder = run("--max_steps 2 --logging_steps 1")
+    before = sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
     with pytest.raises(train.InputError, match="holds an earlier run"):
         run("--max_steps 2")
     with pytest.raises(train.InputError, match="no such data file"):
         run("--max_steps 1 --overwrite_output_dir", dataset="mistyped.jsonl")
-    assert (folder / ADAPTER).exists()  # a mistake does not cost the earlier run
-    run("--max_steps 1 --overwrite_output_dir")
+    with pytest.raises(train.InputError, match="would delete what --adapter"):
+        run("--max_steps 1 --overwrite_output_dir --adapter", str(folder / "checkpoint-2"))
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(train, "next_token_loss", out_of_memory)
+        run("--max_steps 1 --overwrite_output_dir")
+    after = sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
+    assert after == before  # a mistake does not cost the earlier run
+    run("--max_steps 1 --overwrite_output_dir --logging_steps 1")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert [line["step"] for line in metrics(folder)] == [1]
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError
+
+
+def test_a_run_that_fails_in_its_first_step_does_not_lock_its_folder(run, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(train, "next_token_loss", out_of_memory)
+        run("--max_steps 1")
+    run("--max_steps 1")
 
 
 def test_an_adapter_can_be_trained_further(run, tmp_path):
@@ -318,6 +346,8 @@ def test_an_adapter_can_be_trained_further(run, tmp_path):
         name: t.shape for name, t in after.items()
     }
     assert not torch.equal(*(next(iter(tensors.values())) for tensors in (before, after)))
+    _, untouched = run("--max_steps 1 --warmup_steps 1 --adapter", str(first), out="untouched")  # rate 0
+    assert_same(adapter(untouched), before)
 
 
 @pytest.mark.parametrize(
@@ -363,11 +393,88 @@ def test_a_4_bit_checkpoint_is_loaded_as_it_is(run, base, tmp_path):
         ("--split test", "single file"),
         ("--validation_split 0.001", "asks for 0 validation"),
         ("--resume_from_checkpoint nowhere", "no checkpoint folder"),
+        ("--adapter {base}", "no adapter folder"),
     ],
 )
-def test_mistakes_get_one_line(run, flags, message):
+def test_mistakes_get_one_line(run, base, flags, message):
     with pytest.raises(train.InputError, match=message):
-        run("--max_steps 1", flags)
+        run("--max_steps 1", flags.format(base=base))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--max_steps 1", "checkpoint-2 is at step 2, and this run has only 1 steps"),
+        ("--max_steps 4 --dtype float16", "another --dtype"),
+        ("--max_steps 4 --optim adamw_torch", "another --optim"),
+        ("--max_steps 4 --lora_r 8", "other shapes"),
+        ("--max_steps 4 --lora_target_modules q_proj k_proj", "lora_target_modules"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(run, flags, message):
+    _, folder = run("--max_steps 2 --save_steps 2")
+    with pytest.raises(train.InputError, match=message):
+        run("--resume_from_checkpoint latest", flags)
+    assert (folder / "checkpoint-2" / STATE).exists()
+
+
+def test_a_checkpoint_of_another_folder_does_not_replace_the_run_in_this_one(run):
+    _, first = run("--max_steps 2 --save_steps 1", out="first")
+    _, second = run("--max_steps 3 --save_steps 1", out="second")
+    checkpoint = str(first / "checkpoint-1")
+    with pytest.raises(train.InputError, match="holds an earlier run"):
+        run("--max_steps 2 --resume_from_checkpoint", checkpoint, out="second")
+    assert (second / "checkpoint-3").exists()
+    _, third = run("--max_steps 2 --resume_from_checkpoint", checkpoint, out="third")
+    assert_same(adapter(third), adapter(first))
+
+
+def test_a_tokenizer_with_several_chat_templates_can_be_saved_again(run, base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    tokenizer = train.load_tokenizer(base)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    run("--max_steps 1", model=model)
+    _, folder = run("--max_steps 2 --resume_from_checkpoint latest", model=model)
+    assert isinstance(train.load_tokenizer(str(folder)).chat_template, dict)
+
+
+def test_rows_never_overrun_the_positions_a_model_has_learned(run, base, tmp_path):
+    """A context of 37 would be overrun by rows of 37 tokens, which are padded to 40."""
+    config = GPT2Config(vocab_size=448, n_positions=37, n_embd=64, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    train.load_tokenizer(base).save_pretrained(tmp_path / "gpt2")
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(json.dumps({"text": "a red leaf " * 40}) + "\n")
+    flags = "--max_steps 1 --lora_target_modules c_attn --gradient_checkpointing none --logging_steps 1"
+    _, folder = run(flags, model=str(tmp_path / "gpt2"), dataset=str(rows))
+    assert metrics(folder)[0]["tokens_seen"] == 32
+
+
+def test_a_tokenizer_of_another_model_is_refused(run, base, tmp_path):
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    train.load_tokenizer(base).save_pretrained(tmp_path / "small")
+    with pytest.raises(train.InputError, match="the model has only 100 tokens"):
+        run("--max_steps 1", model=str(tmp_path / "small"))
+
+
+def test_inference_repacking_is_off_in_every_layer(run):
+    model, _ = run("--max_steps 1")
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_the_start_screen_says_how_much_is_in_4_bits(run, capsys):
+    run("--max_steps 1")
+    total, linear = (
+        448 * 64 * 2 + 5 * 64 + 2 * 36864,
+        2 * 36864,
+    )  # embedding and head stay as they are, and norms
+    assert f"{linear / total:.1%} of them nf4, the others float32" in capsys.readouterr().out
 
 
 def test_a_damaged_model_or_adapter_file_is_one_line(run, base, tmp_path):

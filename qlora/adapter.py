@@ -1,0 +1,143 @@
+"""The LoRA adapter: put on the base, loaded, saved, and what is kept beside it for generate.py."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, PeftConfig, get_peft_model
+from safetensors import SafetensorError
+from transformers.pytorch_utils import Conv1D
+
+from qlora.errors import InputError, first_line
+
+ADAPTER = "adapter_model.safetensors"
+SETTINGS = "generate_defaults.json"
+
+# Flags that generate.py has too and that must be as they were in training, or the answers get worse.
+KEPT_FLAGS = (
+    "dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "dataset_format",
+    "dataset_text_field",
+)  # fmt: skip
+
+
+def add_adapter(
+    base, r: int, alpha: int, dropout: float, target_modules: list[str], use_rslora: bool, use_dora: bool
+):
+    """Freeze the base and add a fresh float32 LoRA adapter; seed first, its A matrices are random."""
+    targets = "all-linear" if target_modules == ["all-linear"] else target_modules
+    linear = [name for name, module in base.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    for target in target_modules if targets != "all-linear" else []:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise InputError(
+                f"--lora_target_modules: this model has no linear layer named {target!r}; it has {known}"
+            )
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+    )
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        raise InputError(f"PEFT cannot put LoRA on these layers: {first_line(error)}") from error
+
+
+def check_adapter(adapter: str) -> None:
+    """Raise InputError, before anything is loaded, if `adapter` is no LoRA adapter folder or hub id."""
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (ValueError, OSError, TypeError) as error:  # json's errors are ValueErrors
+        raise InputError(
+            f"--adapter {adapter} is no adapter folder with an adapter_config.json, nor one on the hub: "
+            f"{first_line(error)}"
+        ) from error
+    if config.peft_type != "LORA":
+        raise InputError(f"--adapter {adapter} is of type {config.peft_type}, not LoRA")
+    if adapter_file(adapter, ADAPTER) is None:
+        raise InputError(f"--adapter {adapter} has no {ADAPTER}")
+
+
+def load_adapter(base, adapter: str, is_trainable: bool):
+    """Put a saved LoRA adapter on the base, float32; raises InputError if it does not belong to it."""
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode = not is_trainable
+        model = get_peft_model(base, config)
+        loaded = model.load_adapter(adapter, "default", is_trainable=is_trainable)
+    except SafetensorError as error:
+        raise InputError(f"cannot load an adapter from {adapter}: {first_line(error)}") from error
+    except (ValueError, RuntimeError) as error:  # layers that the base has not, tensors of other shapes
+        raise InputError(f"the adapter {adapter} does not fit this model: {first_line(error)}") from error
+    check_complete(loaded, f"the adapter {adapter} does not fit this model")
+    return model
+
+
+def check_complete(loaded, problem: str) -> None:
+    """Raise InputError, beginning with `problem`, if loading adapter weights left some over or some out.
+
+    `loaded` is what set_peft_model_state_dict returns. PEFT itself goes on with a part of an adapter.
+    """
+    missing = [key for key in loaded.missing_keys if "lora_" in key]
+    if missing:
+        raise InputError(f"{problem}: it lacks {missing[0]}")
+    if loaded.unexpected_keys:
+        raise InputError(f"{problem}: it has {loaded.unexpected_keys[0]}, the model has no such layer")
+
+
+def save_adapter(folder: Path, model, tokenizer, settings: dict) -> None:
+    """Write a folder that PEFT and generate.py load: adapter, tokenizer, and kept_settings' `settings`."""
+    # save_embedding_layers: "auto" would ask the hub for the base's vocabulary; nothing here resizes it.
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # PEFT's model card is an empty form
+    tokenizer.save_pretrained(folder)
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def save_final_adapter(output_dir: Path, model, tokenizer, settings: dict) -> None:
+    """Save the adapter straight into `output_dir`, each file replaced as a whole."""
+    staging = output_dir / "adapter.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    save_adapter(staging, model, tokenizer, settings)
+    for file in sorted(staging.iterdir()):
+        if (output_dir / file.name).is_dir():  # several chat templates are a folder, which replaces none
+            shutil.rmtree(output_dir / file.name)
+        os.replace(file, output_dir / file.name)
+    staging.rmdir()
+
+
+def kept_settings(config, row_format: str) -> dict:
+    """The settings of a training that generate.py takes over, with the row format that was recognised."""
+    return {name: getattr(config, name) for name in KEPT_FLAGS} | {"dataset_format": row_format}
+
+
+def load_settings(adapter: str) -> dict:
+    """What kept_settings gave when the adapter was saved; {} if other code trained it. Raises InputError."""
+    path = adapter_file(adapter, SETTINGS)
+    if path is None:
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+        return {name: settings[name] for name in KEPT_FLAGS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error!r}") from error
+
+
+def adapter_file(adapter: str, name: str) -> Path | None:
+    """A file of an adapter folder or hub repository that check_adapter has found; None if it is not there."""
+    if Path(adapter).is_dir():
+        path = Path(adapter) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(adapter, name))
+    except EntryNotFoundError:  # also where the hub cannot be reached and the cache lacks it
+        return None
