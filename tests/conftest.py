@@ -1,13 +1,15 @@
 """A tiny random Llama, a tokenizer made on the spot, and rows to train on; all offline, on the CPU."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of transformers
+if "gpu" not in sys.argv:  # without -m gpu the tests are those of a CPU, also where there is a card
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any import of torch or bitsandbytes, which look at once
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,6 @@ from demo.make_base import make_base, make_tokenizer  # noqa: E402
 
 # Double quantization on the CPU depends on the number of threads: identity needs it fixed.
 torch.set_num_threads(1)
-
-
-def pytest_configure(config):
-    """Without -m gpu the tests are those of a CPU, whether or not there is a card."""
-    if config.getoption("markexpr") != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 COLORS = ["red", "green", "blue", "white", "black", "brown"]
