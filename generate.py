@@ -14,7 +14,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from qlora.adapter import check_adapter, load_adapter, load_settings
+from qlora.adapter import SETTINGS, check_adapter, load_adapter, load_settings
 from qlora.config import GenerateConfig, parse_args
 from qlora.errors import InputError
 from qlora.generation import PromptWriter, generate
@@ -30,9 +30,13 @@ def flags(argv: list[str] | None = None) -> GenerateConfig:
     check_adapter(config.adapter)
     settings = load_settings(config.adapter)
     if not settings:
-        unknown = f"{config.adapter} does not say how it was trained: prompts are plain text, or as flags say"
+        unknown = f"{config.adapter} has no {SETTINGS}: prompts are plain text, or as flags say"
         print(unknown, file=sys.stderr)
-    return parse_args(GenerateConfig, argv, defaults=settings)
+        return config
+    config = parse_args(GenerateConfig, argv, defaults=settings)
+    if config.dataset_format == "auto":
+        config.dataset_format = settings["dataset_format"]
+    return config
 
 
 def main(config: GenerateConfig) -> None:
@@ -40,11 +44,14 @@ def main(config: GenerateConfig) -> None:
     dtype = getattr(torch, config.dtype)
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
+    context = getattr(model_config, "max_position_embeddings", math.inf)
+    if config.max_new_tokens >= context:
+        raise InputError(f"--max_new_tokens {config.max_new_tokens} leaves no room in a context of {context}")
     writer = PromptWriter(
         tokenizer,
         row_format="text" if config.dataset_format == "auto" else config.dataset_format,
         text_field=config.dataset_text_field,
-        max_tokens=getattr(model_config, "max_position_embeddings", math.inf) - config.max_new_tokens,
+        max_tokens=context - config.max_new_tokens,
     )
 
     # Prompts before the model: a bad row should not cost the minutes that loading takes.
@@ -53,11 +60,13 @@ def main(config: GenerateConfig) -> None:
         output_file = Path(config.output_file or prompts_file.with_suffix(".answers.jsonl"))
         if output_file.resolve() == prompts_file.resolve():
             raise InputError(f"--output_file {output_file} would overwrite the prompts")
-        if not output_file.parent.is_dir():
-            raise InputError(f"--output_file {output_file}: there is no such folder")
+        if output_file.is_dir() or not output_file.parent.is_dir():
+            raise InputError(f"--output_file {output_file} must be a file in a folder that is there")
         prompts = []
         for where, row in read_rows(config.prompts_file, "train"):
             row = {"prompt": row["text"]} if prompts_file.suffix.lower() == ".txt" else row
+            if "answer" in row:
+                raise InputError(f"{where} has a column 'answer', which its answer would replace: rename it")
             prompts.append((row, writer.row(row, where)))
     elif config.prompt is not None:
         prompt = writer.chat([{"role": "user", "content": config.prompt}])

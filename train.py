@@ -19,10 +19,11 @@ from torch.nn.utils import clip_grad_norm_
 from qlora.adapter import ADAPTER, add_adapter, check_adapter, kept_settings, load_adapter, save_final_adapter
 from qlora.checkpoint import (
     Progress,
-    drop_later_checkpoints,
     find_checkpoint,
+    later_checkpoints,
     list_checkpoints,
     load_checkpoint,
+    replace_later,
     save_checkpoint,
 )
 from qlora.config import TrainConfig, parse_args
@@ -86,7 +87,8 @@ def train(config: TrainConfig):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = load_checkpoint(checkpoint, model, optimizer, scaler, names) if checkpoint else Progress()
     first_step = progress.step
-    if first_step > total_steps:
+    replaced = later_checkpoints(output_dir, first_step)
+    if first_step > total_steps or (first_step == total_steps and replaced):
         raise InputError(f"{checkpoint} is at step {first_step}, and this run has only {total_steps} steps")
 
     evaluate = partial(
@@ -97,7 +99,7 @@ def train(config: TrainConfig):
         save_checkpoint, output_dir, model, tokenizer, settings, optimizer, scaler, names, progress,
         config=dataclasses.asdict(config), keep=config.save_total_limit,
     )  # fmt: skip
-    print(describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint))
+    print(describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint, replaced))
     tracker = None
     if config.report_to == "wandb":
         run_name = config.run_name or output_dir.name
@@ -127,7 +129,8 @@ def train(config: TrainConfig):
         step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()  # the host waits for the device
         if step == first_step:
             check_gradients(trainable)
-            replace_earlier_run(output_dir, first_step)  # only now: nothing given can be wrong any more
+            replace_later(output_dir, first_step)  # only now: nothing given can be wrong any more
+            log.begin()
         # One bad row or an overflow must not reach the weights, nor the optimizer's averages, in any dtype.
         is_finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
         if is_finite:
@@ -175,14 +178,7 @@ def check_output_dir(output_dir: Path, config: TrainConfig, checkpoint: Path | N
         raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
 
 
-def replace_earlier_run(output_dir: Path, first_step: int) -> None:
-    """Delete what an earlier run wrote after `first_step`, except for its log: RunLog sees to that."""
-    drop_later_checkpoints(output_dir, first_step)
-    if first_step == 0:
-        (output_dir / ADAPTER).unlink(missing_ok=True)
-
-
-def describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint) -> str:
+def describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint, replaced) -> str:
     """The start screen."""
     trained, total = model.get_nb_trainable_parameters()
     quantization = model.get_base_model().config.to_dict().get("quantization_config")
@@ -198,6 +194,8 @@ def describe_run(config, model, train_rows, validation_rows, total_steps, order,
     start = f", going on from {checkpoint.name}" if checkpoint else ""
     if config.resume_from_checkpoint and not checkpoint:
         start = ", no checkpoint there yet: from the start"
+    if replaced:
+        start += f", in place of {', '.join(path.name for path in replaced)}"
     return start_screen(
         model=f"{config.model}: {total - trained:,} parameters, {base_gb:.3g} GB, {weights}",
         adapter=f"{trained:,} trainable parameters ({trained / total:.3%}), float32",

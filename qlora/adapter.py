@@ -56,7 +56,7 @@ def check_adapter(adapter: str) -> None:
     """Raise InputError, before anything is loaded, if `adapter` is no LoRA adapter folder or hub id."""
     try:
         config = PeftConfig.from_pretrained(adapter)
-    except (ValueError, OSError, TypeError) as error:  # json's errors are ValueErrors
+    except (ValueError, OSError, TypeError, KeyError) as error:  # also of a kind that this PEFT does not know
         raise InputError(
             f"--adapter {adapter} is no adapter folder with an adapter_config.json, nor one on the hub: "
             f"{first_line(error)}"
@@ -70,13 +70,18 @@ def check_adapter(adapter: str) -> None:
 def load_adapter(base, adapter: str, is_trainable: bool):
     """Put a saved LoRA adapter on the base, float32; raises InputError if it does not belong to it."""
     try:
-        config = PeftConfig.from_pretrained(adapter)
+        folder = str(
+            adapter_file(adapter, ADAPTER).parent
+        )  # check_adapter has fetched it: the hub is not asked
+        config = PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
+        config.base_model_name_or_path = None  # PEFT would warn of another spelling of the base's name
         model = get_peft_model(base, config)
-        loaded = model.load_adapter(adapter, "default", is_trainable=is_trainable)
+        loaded = model.load_adapter(folder, "default", is_trainable=is_trainable)
     except SafetensorError as error:
         raise InputError(f"cannot load an adapter from {adapter}: {first_line(error)}") from error
-    except (ValueError, RuntimeError) as error:  # layers that the base has not, tensors of other shapes
+    # Layers that the base has not, tensors of other shapes, ways to start LoRA that 4-bit layers do not know.
+    except (ValueError, RuntimeError, TypeError, KeyError, ImportError) as error:
         raise InputError(f"the adapter {adapter} does not fit this model: {first_line(error)}") from error
     check_complete(loaded, f"the adapter {adapter} does not fit this model")
     return model
@@ -108,9 +113,9 @@ def save_final_adapter(output_dir: Path, model, tokenizer, settings: dict) -> No
     staging = output_dir / "adapter.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     save_adapter(staging, model, tokenizer, settings)
+    (output_dir / "chat_template.jinja").unlink(missing_ok=True)  # an earlier run's would outlive it
+    shutil.rmtree(output_dir / "additional_chat_templates", ignore_errors=True)
     for file in sorted(staging.iterdir()):
-        if (output_dir / file.name).is_dir():  # several chat templates are a folder, which replaces none
-            shutil.rmtree(output_dir / file.name)
         os.replace(file, output_dir / file.name)
     staging.rmdir()
 

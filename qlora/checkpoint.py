@@ -97,15 +97,23 @@ def save_checkpoint(
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint-N folders of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [
+        path for path in output_dir.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+    ]  # fmt: skip
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def drop_later_checkpoints(output_dir: Path, step: int) -> None:
-    """Delete the checkpoints after `step`: a run that goes on from there has left them behind."""
-    for path in list_checkpoints(output_dir):
-        if int(path.name.removeprefix("checkpoint-")) > step:
-            shutil.rmtree(path)
+def later_checkpoints(output_dir: Path, step: int) -> list[Path]:
+    """The checkpoints after `step`: a run that goes on from there leaves them behind."""
+    return [p for p in list_checkpoints(output_dir) if int(p.name.removeprefix("checkpoint-")) > step]
+
+
+def replace_later(output_dir: Path, step: int) -> None:
+    """Delete what an earlier run saved after `step`: its later checkpoints, and the adapter at its end."""
+    for path in later_checkpoints(output_dir, step):
+        shutil.rmtree(path)
+    (output_dir / ADAPTER).unlink(missing_ok=True)
 
 
 def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:

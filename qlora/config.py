@@ -181,7 +181,8 @@ class TrainConfig:
     save_total_limit: int = flag(2, "Keep the newest N checkpoints; 0 keeps all.")
     resume_from_checkpoint: str | None = flag(
         None,
-        "'latest' in --output_dir (a fresh start if there is none), or the path of a checkpoint-N folder.",
+        "'latest' in --output_dir (a fresh start if there is none), or the path of a checkpoint-N folder; "
+        "checkpoints after that one are replaced.",
     )
 
     def __post_init__(self):
@@ -209,8 +210,9 @@ class TrainConfig:
         _require_split("split", self.split)
         if self.validation_split and self.held_out is None:
             _require_split("validation_split", self.validation_split)
-        amount = self.held_out
-        if amount is not None and not (0 < amount < 1 or (amount >= 1 and amount % 1 == 0)):
+        amount, is_percent = self.held_out, str(self.validation_split).endswith("%")
+        is_number = amount is not None and amount >= 1 and amount % 1 == 0 and not is_percent
+        if amount is not None and not (0 < amount < 1 or is_number):
             raise ValueError(
                 "--validation_split must be a share in (0, 1), a whole number of rows or a split's name, "
                 f"not {self.validation_split}"
@@ -286,7 +288,9 @@ class GenerateConfig:
         "or the columns of the training format).",
     )
     output_file: str | None = flag(
-        None, "Where the answers to --prompts_file go. Default: beside it, as NAME.answers.jsonl."
+        None,
+        "Where the answers to --prompts_file go (replaced if it is there). Default: beside it, as "
+        "NAME.answers.jsonl.",
     )
     batch_size: int = flag(8, "Prompts answered at once with --prompts_file (left-padded).")
     dataset_format: Literal[

@@ -13,7 +13,7 @@ from tqdm import tqdm
 class RunLog:
     """A progress bar and metrics.jsonl in `output_dir`; with a tracker, its copy of the same numbers.
 
-    An earlier run's metrics.jsonl is left alone until the first line: a run that fails before loses nothing.
+    Until begin() an earlier run's metrics.jsonl is left alone: a run that fails before loses nothing.
     """
 
     def __init__(self, output_dir: Path, total_steps: int, first_step: int, tracker=None):
@@ -22,6 +22,11 @@ class RunLog:
         self.file = None
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self.tracker = tracker
+
+    def begin(self) -> None:
+        """Open metrics.jsonl, without the lines of steps that are taken again."""
+        _keep_until(self.path, self.first_step)
+        self.file = open(self.path, "a", buffering=1)  # a line at a time: a kill loses none
 
     def step_done(self) -> None:
         self.bar.update()
@@ -51,9 +56,6 @@ class RunLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        if self.file is None:
-            _keep_until(self.path, self.first_step)
-            self.file = open(self.path, "a", buffering=1)  # a line at a time: a kill loses none
         self.file.write(json.dumps(line) + "\n")
         if self.tracker is not None:
             self.tracker.log(values)

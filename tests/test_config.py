@@ -137,7 +137,8 @@ def test_every_number_has_a_limit():
         (["--validation_split", "1.5"], "--validation_split"),  # neither a share nor a number of rows
         (["--split", "train[:10"], "--split: cannot read the split 'train[:10'"),
         (["--validation_split", "val[5"], "--validation_split: cannot read"),
-        (["--validation_split", "120%"], "--validation_split"),
+        (["--validation_split", "100%"], "--validation_split"),
+        (["--validation_split", "200%"], "--validation_split"),
         (["--eval_steps", "5"], "--eval_steps needs --validation_split or --validation_dataset"),
         (["--per_device_eval_batch_size", "5"], "--per_device_eval_batch_size needs"),
         (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "exclude each other"),

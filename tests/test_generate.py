@@ -201,6 +201,7 @@ def test_what_the_training_used_is_what_the_flags_leave_open(run, base):
     assert (config.dtype, config.dataset_format) == ("bfloat16", "prompt_completion")
     config = script.flags([*argv, "--bnb_4bit_quant_type", "nf4", "--dtype", "float32"])
     assert (config.bnb_4bit_quant_type, config.dtype) == ("nf4", "float32")
+    assert script.flags([*argv, "--dataset_format", "auto"]).dataset_format == "prompt_completion"
     (folder / SETTINGS).write_text('{"dtype": "float32"')
     with pytest.raises(InputError, match=f"{SETTINGS} is damaged"):
         script.flags(argv)
@@ -210,7 +211,7 @@ def test_an_adapter_that_does_not_say_how_it_was_trained_is_said_so(run, base, c
     _, folder = run("--max_steps 1")
     (folder / SETTINGS).unlink()
     assert script.flags(["--model", base, "--adapter", str(folder)]).dataset_format == "auto"
-    assert "does not say how it was trained" in capsys.readouterr().err
+    assert f"has no {SETTINGS}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -239,6 +240,26 @@ def test_half_an_adapter_is_refused(run, base, change, message):
         )
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [("peft_type", "NEWTYPE"), ("r", "x"), ("init_lora_weights", "pissa"), ("modules_to_save", ["lm_head"])],
+)
+def test_an_adapter_that_peft_cannot_use_is_refused(run, base, field, value):
+    _, folder = run("--max_steps 1")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(InputError, match="adapter"):
+        argv = ["--model", base, "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "9"]
+        script.main(script.flags(argv))
+
+
+def test_an_answer_does_not_replace_a_column_of_the_row(base, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "What?", "answer": "a reference"}')
+    with pytest.raises(InputError, match="column 'answer'"):
+        script.main(script.flags(["--model", base, "--prompts_file", str(rows), "--max_new_tokens", "9"]))
+
+
 def test_a_hub_adapter_brings_its_settings_and_tokenizer(run, base, tmp_path, monkeypatch):
     """The hub's cache, filled as hf_hub_download does it; nothing is asked of the network."""
     _, folder = run("--max_steps 1 --bnb_4bit_quant_type fp4")
@@ -251,6 +272,9 @@ def test_a_hub_adapter_brings_its_settings_and_tokenizer(run, base, tmp_path, mo
     assert script.flags(["--model", base, "--adapter", "someone/adapter"]).bnb_4bit_quant_type == "fp4"
     assert adapter_file("someone/adapter", "tokenizer_config.json").parent == snapshot
     assert adapter_file("someone/adapter", "no-such-file.json") is None
+    base_model = train.load_base(base, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # PEFT would ask the hub now
+    assert train.load_adapter(base_model, "someone/adapter", is_trainable=False)
 
 
 def test_the_chat_goes_on_after_a_question_that_is_stopped_or_too_long(tokenizer, monkeypatch, capsys):
@@ -375,12 +399,18 @@ def test_the_chat_answers_until_the_input_ends(adapter, base):
         (["--prompt", "x", "--adapter", "nowhere", "--max_new_tokens", "5"], 1, "nowhere"),
         (["--prompts_file", "missing.txt"], 1, "missing.txt"),
         (["--prompts_file", "a.txt", "--output_file", "./a.txt"], 1, "overwrite the prompts"),
-        (["--prompt", "word " * 300], 1, "context, which leaves 0 for a prompt"),
-        (["--prompts_file", "README.md", "--output_file", "no-such-folder/a.jsonl"], 1, "no such folder"),
+        (["--prompt", "word " * 300], 1, "leaves 216 for a prompt"),
+        (["--prompt", "x", "--max_new_tokens", "256"], 1, "leaves no room in a context of 256"),
+        (
+            ["--prompts_file", "README.md", "--output_file", "no-such-folder/a.jsonl"],
+            1,
+            "folder that is there",
+        ),
+        (["--prompts_file", "README.md", "--output_file", "tests"], 1, "must be a file"),
     ],
 )
 def test_mistakes_are_one_line(base, flags, code, message):
-    result = command("--model", base, "--dtype", "float32", *flags)
+    result = command("--model", base, "--dtype", "float32", "--max_new_tokens", "40", *flags)
     assert result.returncode == code
     line = result.stderr.strip().splitlines()[-1]
     assert message in line and "Traceback" not in result.stderr

@@ -21,12 +21,14 @@ def line(step, **values):
 
 def test_metrics_lines_survive_a_resume_and_stay_valid_json(tmp_path):
     log = RunLog(tmp_path, total_steps=4, first_step=0)
+    log.begin()
     for step in (1, 2, 3):
         log.train(**line(step, grad_norm=math.inf))
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # cut short by a kill
     log = RunLog(tmp_path, total_steps=4, first_step=2)  # resumed from a checkpoint of step 2
+    log.begin()
     log.train(**line(3, loss=0.5))
     log.close()
     lines = [json.loads(text, parse_constant=pytest.fail) for text in open(tmp_path / "metrics.jsonl")]

@@ -289,11 +289,26 @@ def test_max_steps_wins_and_an_epoch_ends_with_a_smaller_step(run):
     assert [line["step"] for line in metrics(folder)] == [1, 2]
 
 
-def test_a_resume_from_an_older_checkpoint_leaves_the_abandoned_ones(run):
-    flags = "--save_steps 1 --max_steps 5 --save_total_limit"
+def test_a_resume_from_an_older_checkpoint_leaves_the_abandoned_ones(run, monkeypatch, capsys):
+    flags = "--save_steps 1 --logging_steps 1 --max_steps 5 --save_total_limit"
     _, folder = run(flags, "0")
-    run(flags, "2", "--resume_from_checkpoint", str(folder / "checkpoint-2"), "--max_steps 3")
+    older = ("--resume_from_checkpoint", str(folder / "checkpoint-2"))
+    with pytest.raises(train.InputError, match="only 2 steps"):
+        run(flags, "2", *older, "--max_steps 2")
+    capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed behind the first step
+        patch.setattr(train.RunLog, "step_done", interrupt)
+        run(flags, "2", *older)
+    assert "in place of checkpoint-3, checkpoint-4, checkpoint-5" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert [line["step"] for line in metrics(folder)] == [1, 2]
+    assert not (folder / ADAPTER).exists()
+    run(flags, "2", "--resume_from_checkpoint latest --max_steps 3")
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_latest_does_not_replace_a_finished_adapter(run):
