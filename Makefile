@@ -9,8 +9,8 @@ demo: .venv/installed  ## train a small random Llama on demo/rows.jsonl, then as
 	$(BIN)/python demo/make_base.py demo/rows.jsonl outputs/demo-base
 	$(BIN)/python train.py --model outputs/demo-base --dataset demo/rows.jsonl --validation_split 0.1 \
 		--dtype float32 --lora_target_modules all-linear --lora_r 64 --lora_alpha 64 --learning_rate 5e-3 \
-		--per_device_train_batch_size 32 --gradient_accumulation_steps 1 --gradient_checkpointing none \
-		--max_steps 120 --eval_steps 20 --output_dir outputs/demo --overwrite_output_dir
+		--max_length 64 --per_device_train_batch_size 12 --gradient_accumulation_steps 1 \
+		--gradient_checkpointing none --max_steps 120 --eval_steps 20 --output_dir outputs/demo --overwrite_output_dir
 	$(BIN)/python generate.py --model outputs/demo-base --adapter outputs/demo --dtype float32 \
 		--prompt "What is the capital of Italy?"
 

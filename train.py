@@ -17,6 +17,7 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 
 from qlora.adapter import ADAPTER, add_adapter, check_adapter, kept_settings, load_adapter, save_final_adapter
+from qlora.attention import choose_attention
 from qlora.checkpoint import (
     Progress,
     find_checkpoint,
@@ -27,7 +28,7 @@ from qlora.checkpoint import (
     save_checkpoint,
 )
 from qlora.config import TrainConfig, parse_args
-from qlora.data import StepOrder, load_data, micro_batches, to_device
+from qlora.data import WINDOW_ROWS, StepLoader, StepOrder, check_vocabulary, load_data, to_device
 from qlora.errors import InputError
 from qlora.evaluate import evaluate_loss
 from qlora.log import RunLog, Wandb, start_screen
@@ -42,6 +43,10 @@ from qlora.model import (
     quantized_share,
 )
 from qlora.optim import build_optimizer, lr_at
+from qlora.report import data_report, report_data, short_report
+from qlora.rows import LocatedRow, RowSource
+from qlora.stream import Place, StreamLoader
+from qlora.tokens import TokenizedRows, tokenize_rows
 
 
 def train(config: TrainConfig):
@@ -60,12 +65,14 @@ def train(config: TrainConfig):
     pad_id = tokenizer.eos_token_id  # padding is told apart by position, never by its id, so any id serves
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
     train_rows, validation_rows = load_data(config, tokenizer, model_config)
-    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    order = StepOrder(train_rows.lengths, rows_per_step, config.seed, config.group_by_length)
-    total_steps = math.ceil(config.num_train_epochs * order.steps_per_epoch)
-    if config.max_steps > 0:
-        total_steps = config.max_steps
-    warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    report = data_report(train_rows, validation_rows, config.per_device_train_batch_size, config.seed)
+    print(
+        start_screen(
+            data=f"{' + '.join(config.dataset)}: {train_rows.describe()}",
+            validation=validation_rows.describe() if validation_rows else "none",
+            **short_report(report),
+        )
+    )
 
     base = load_base(
         config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
@@ -81,11 +88,16 @@ def train(config: TrainConfig):
         )  # fmt: skip
     trainable = prepare_for_training(model, config.gradient_checkpointing == "all")
     names, parameters = zip(*trainable)
+    pack_length = train_rows.max_length if config.packing and choose_attention(model, autocast) else None
     plain_head = has_plain_head(model)
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = build_optimizer(config.optim, parameters, config.weight_decay, betas, config.adam_epsilon)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = load_checkpoint(checkpoint, model, optimizer, scaler, names) if checkpoint else Progress()
+    loader, total_steps = make_loader(
+        config, tokenizer, model_config, train_rows, pack_length, progress.place
+    )
+    warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
     first_step = progress.step
     replaced = later_checkpoints(output_dir, first_step)
     if first_step > total_steps or (first_step == total_steps and replaced):
@@ -99,7 +111,7 @@ def train(config: TrainConfig):
         save_checkpoint, output_dir, model, tokenizer, settings, optimizer, scaler, names, progress,
         config=dataclasses.asdict(config), keep=config.save_total_limit,
     )  # fmt: skip
-    print(describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint, replaced))
+    print(describe_run(config, model, loader, total_steps, checkpoint, replaced))
     tracker = None
     if config.report_to == "wandb":
         run_name = config.run_name or output_dir.name
@@ -114,11 +126,11 @@ def train(config: TrainConfig):
 
         # All micro-batches first: the loss is a mean over every target of the step, so their number must be
         # known before the first backward. A mean of micro-batch means would weigh short answers too heavily.
-        indices = order.rows(step)
-        batches = micro_batches(train_rows, indices, config.per_device_train_batch_size, pad_id)
-        targets = sum(len(batch["target_ids"]) for batch in batches)
+        data = loader.step(step)
+        waited = time.perf_counter() - started
+        targets = sum(len(batch["target_ids"]) for batch in data.batches)
         step_loss = torch.zeros((), device=device)
-        for batch in batches:
+        for batch in data.batches:
             with autocast():
                 loss = next_token_loss(model, to_device(batch, device), plain_head) / targets
             scaler.scale(loss).backward()  # scaled: small float16 gradients would underflow to 0
@@ -138,9 +150,9 @@ def train(config: TrainConfig):
         scaler.update()  # after an overflow the weights are as they were, and the next scale is smaller
         optimizer.zero_grad(set_to_none=True)
 
-        tokens = int(order.lengths[indices].sum())
-        progress.record(step_loss if is_finite else None, tokens, time.perf_counter() - started)
-        position = {"step": progress.step, "epoch": round(progress.step / order.steps_per_epoch, 4)}
+        progress.place = data.place
+        progress.record(step_loss if is_finite else None, data.tokens, time.perf_counter() - started, waited)
+        position = {"step": progress.step, "epoch": round(data.epochs, 4)}
         is_last = progress.step == total_steps
         log.step_done()
         if progress.step % config.logging_steps == 0 or is_last:
@@ -178,7 +190,42 @@ def check_output_dir(output_dir: Path, config: TrainConfig, checkpoint: Path | N
         raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
 
 
-def describe_run(config, model, train_rows, validation_rows, total_steps, order, checkpoint, replaced) -> str:
+def make_loader(
+    config: TrainConfig,
+    tokenizer,
+    model_config,
+    rows: TokenizedRows,
+    pack_length: int | None,
+    place: dict | None,
+) -> tuple[StepLoader, int]:
+    """What gives each step its batches, and the number of steps."""
+    batch_size, pad_id = config.per_device_train_batch_size, tokenizer.eos_token_id
+    packs_per_step = batch_size * config.gradient_accumulation_steps
+    order = partial(
+        StepOrder,
+        packs_per_step=packs_per_step,
+        group_by_length=config.group_by_length,
+        pack_length=pack_length,
+    )
+    if not config.streaming:
+        order = order(rows.lengths, seed=config.seed, sources=rows.sources, weights=config.dataset_weights)
+        total_steps = config.max_steps if config.max_steps > 0 else order.steps_until(config.num_train_epochs)
+        return StepLoader(rows, order, batch_size, pad_id, total_steps), total_steps
+
+    def tokenize(window: list[LocatedRow]) -> TokenizedRows:
+        found = tokenize_rows(
+            window, tokenizer, rows.row_format, config.dataset_text_field, config.completion_only_loss
+        ).cut(rows.max_length)
+        check_vocabulary(found, model_config.vocab_size)
+        return found
+
+    source = RowSource(config.dataset[0], config.split, config.dataset_config, streaming=True)
+    place = Place(**(place or {}))
+    loader = StreamLoader(source, tokenize, order, config.seed, batch_size, pad_id, config.max_steps, place)
+    return loader, config.max_steps
+
+
+def describe_run(config, model, loader, total_steps, checkpoint, replaced) -> str:
     """The start screen."""
     trained, total = model.get_nb_trainable_parameters()
     quantization = model.get_base_model().config.to_dict().get("quantization_config")
@@ -189,8 +236,14 @@ def describe_run(config, model, train_rows, validation_rows, total_steps, order,
     base_gb = base_memory_bytes(model) / 2**30
     on_cuda = model.device.type == "cuda"
     slow = " (float16 is slow there: --dtype float32 or bfloat16)" if config.dtype == "float16" else ""
-    batch = f"{config.gradient_accumulation_steps} x {config.per_device_train_batch_size} rows"
-    epochs = f"{total_steps / order.steps_per_epoch:.2f} epochs of {order.steps_per_epoch:,} steps"
+    order = loader.order
+    batch = f"{config.gradient_accumulation_steps} x {config.per_device_train_batch_size} "
+    batch += f"packs of {order.pack_length} tokens" if order.pack_length else "rows"
+    if config.packing and not order.pack_length:
+        batch += " (not packed: this model's attention cannot keep rows apart)"
+    epochs = f"{order.epochs_at(total_steps):.2f} epochs of {order.steps_in(0):,} steps"
+    if config.streaming:
+        epochs = f"streamed in windows of {WINDOW_ROWS:,} rows"
     start = f", going on from {checkpoint.name}" if checkpoint else ""
     if config.resume_from_checkpoint and not checkpoint:
         start = ", no checkpoint there yet: from the start"
@@ -200,15 +253,16 @@ def describe_run(config, model, train_rows, validation_rows, total_steps, order,
         model=f"{config.model}: {total - trained:,} parameters, {base_gb:.3g} GB, {weights}",
         adapter=f"{trained:,} trainable parameters ({trained / total:.3%}), float32",
         compute=config.dtype + " on " + (torch.cuda.get_device_name() if on_cuda else f"the CPU{slow}"),
-        data=f"{config.dataset}: {train_rows.describe()}",
-        validation=validation_rows.describe() if validation_rows else "none",
-        steps=f"{total_steps:,} of {batch}, {epochs}, each epoch's last step with the rows that are left",
+        steps=f"{total_steps:,} of {batch}, {epochs}, the last step of each with what is left",
         output=config.output_dir + start,
     )
 
 
 if __name__ == "__main__":
     try:
-        train(parse_args(TrainConfig))
+        config = parse_args(TrainConfig)
+        if config.data_report:
+            sys.exit(report_data(config))
+        train(config)
     except InputError as error:
         sys.exit(f"train.py: error: {error}")

@@ -25,16 +25,19 @@ STATE = "training_state.json"
 class Progress:
     """How far a run is, and the sums that its next log line averages. Stored whole in a checkpoint."""
 
-    step: int = 0  # optimizer steps done; with the seed, this alone says which rows come next
+    step: int = 0  # optimizer steps done; with the seed, this alone says which rows come next ...
+    place: dict | None = None  # ... but with --streaming, where the Place of the last step is needed too
     tokens_seen: int = 0  # without padding
     skipped_steps: int = 0  # steps that were not taken because their loss or gradient was not finite
     window_steps: int = 0
     window_loss: float = 0.0
     window_tokens: int = 0
     window_seconds: float = 0.0
+    window_waited: float = 0.0  # seconds of them in which a step waited for its data
 
-    def record(self, loss: float | None, tokens: int, seconds: float) -> None:
+    def record(self, loss: float | None, tokens: int, seconds: float, waited: float) -> None:
         """Count one finished step; `loss` is None if it was skipped."""
+        self.window_waited += waited
         self.step += 1
         self.tokens_seen += tokens
         self.window_tokens += tokens
@@ -50,10 +53,12 @@ class Progress:
         values = {
             "loss": self.window_loss / self.window_steps if self.window_steps else float("nan"),
             "tokens_per_s": self.window_tokens / self.window_seconds,
+            "data_wait": self.window_waited / self.window_seconds,
             "tokens_seen": self.tokens_seen,
             "skipped_steps": self.skipped_steps,
         }
-        self.window_steps, self.window_loss, self.window_tokens, self.window_seconds = 0, 0.0, 0, 0.0
+        self.window_steps, self.window_loss, self.window_tokens = 0, 0.0, 0
+        self.window_seconds = self.window_waited = 0.0
         return values
 
 

@@ -85,10 +85,14 @@ class TrainConfig:
     use_dora: bool = flag(False, "Weight-decomposed LoRA; slower (arXiv 2402.09353).")
 
     # Data
-    dataset: str = flag(
-        "timdettmers/openassistant-guanaco",
-        "Training rows: a hub id, a file (json, jsonl, csv, parquet, txt) or a folder of such files. The "
-        "default is the data of the Guanaco models.",
+    dataset: list[str] = flag(
+        ["timdettmers/openassistant-guanaco"],
+        "Training rows: a hub id, a file (json, jsonl, csv, parquet, txt) or a folder of such files; or "
+        "several of them. The default is the data of the Guanaco models.",
+    )
+    dataset_weights: list[float] | None = flag(
+        None,
+        "Share of each --dataset in an epoch, such as 0.7 0.3; without it every row comes once an epoch.",
     )
     dataset_config: str | None = flag(None, "Configuration name of a hub data set that has several.")
     split: str = flag(
@@ -103,10 +107,15 @@ class TrainConfig:
         "Count the loss on answers only, where the format tells them from prompts. Training on the target "
         "only beat training on source and target in QLoRA (arXiv 2305.14314, table 10).",
     )
-    max_length: int = flag(
-        512,
-        "Longest row in tokens; longer ones are cut at the end, and counted. QLoRA trained 7B and 13B "
-        "Guanaco at 512.",
+    max_length: str = flag(
+        "512",
+        "Longest row in tokens: a number, a percentile of the rows' lengths (p90), or max; longer ones are "
+        "cut at their end, and counted. QLoRA trained 7B and 13B Guanaco at 512.",
+    )
+    packing: bool = flag(
+        True,
+        "Put several rows into a sequence of --max_length tokens, where attention can keep them apart: next "
+        "to nothing is padded. Off: one row a sequence, padded to the longest of its micro-batch.",
     )
     validation_split: str | None = flag(
         None,
@@ -118,6 +127,21 @@ class TrainConfig:
         False, "Put rows of similar length into the same step, so that less is padded."
     )
 
+    streaming: bool = flag(
+        False,
+        "Read and tokenize rows while training, in windows of 10,000 that are shuffled by themselves: for "
+        "data that is too large to prepare. Needs --max_steps.",
+    )
+    data_report: Literal["text", "json"] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Print the data report and end, with exit code 1 if the data would ruin a training. "
+            "json: as JSON, also written to --output_dir with a histogram. Loads no model.",
+            "nargs": "?",
+            "const": "text",
+        },
+    )
+
     # Training
     output_dir: str = flag("outputs", "Folder for the adapter, checkpoint-N folders and metrics.jsonl.")
     overwrite_output_dir: bool = flag(
@@ -127,7 +151,9 @@ class TrainConfig:
     )
     num_train_epochs: float = flag(1.0, "Passes over the rows. One epoch is common for 10,000 rows and more.")
     max_steps: int = flag(-1, "Optimizer steps; wins over --num_train_epochs when above 0.")
-    per_device_train_batch_size: int = flag(4, "Rows in one forward pass (a micro-batch).")
+    per_device_train_batch_size: int = flag(
+        4, "Sequences in one forward pass (a micro-batch): packs of rows, or single rows with --no_packing."
+    )
     gradient_accumulation_steps: int = flag(
         4,
         "Micro-batches in one optimizer step. 4 x 4 gives the 16 rows a step that QLoRA used for 7B and 13B; "
@@ -189,7 +215,7 @@ class TrainConfig:
         _require_text(self)
         _require(
             self,
-            "lora_r max_length per_device_train_batch_size gradient_accumulation_steps "
+            "lora_r per_device_train_batch_size gradient_accumulation_steps "
             "per_device_eval_batch_size eval_steps logging_steps save_steps",
             lambda value: value >= 1,
             "at least 1",
@@ -207,6 +233,7 @@ class TrainConfig:
         )
         _require(self, "seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
         _require(self, "max_steps", lambda value: value == -1 or value >= 1, "-1 (off) or at least 1")
+        _require_max_length(self.max_length)
         _require_split("split", self.split)
         if self.validation_split and self.held_out is None:
             _require_split("validation_split", self.validation_split)
@@ -224,6 +251,26 @@ class TrainConfig:
             )
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise ValueError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
+        if self.dataset_weights is not None:
+            given, wanted = len(self.dataset_weights), len(self.dataset)
+            if given != wanted:
+                raise ValueError(f"--dataset_weights has {given} numbers for {wanted} data sets")
+            for weight in self.dataset_weights:
+                if not 0 < weight < math.inf:
+                    raise ValueError(f"--dataset_weights must be above 0, not {weight}")
+            if self.group_by_length:
+                raise ValueError("--dataset_weights and --group_by_length exclude each other")
+        if self.streaming:
+            if self.max_steps == -1:
+                raise ValueError("--streaming needs --max_steps: the length of a stream is not known")
+            if not self.max_length.isdigit():
+                raise ValueError(f"--streaming needs a number as --max_length, not {self.max_length}")
+            if len(self.dataset) > 1 or self.held_out is not None:
+                raise ValueError(
+                    "--streaming takes one --dataset, and validation rows that are not held out of it"
+                )
+            if self.data_report:
+                raise ValueError("--data_report reads all rows, --streaming does not")
         for name in self.lora_target_modules:
             if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
                 raise ValueError(f"--lora_target_modules takes names of layers, and {name!r} is none")
@@ -257,6 +304,8 @@ class TrainConfig:
                 "eval_steps per_device_eval_batch_size",
                 "needs --validation_split or --validation_dataset",
             )
+        if self.packing and self.group_by_length:
+            raise ValueError("--group_by_length needs --no_packing: packed rows need no padding")
         if self.report_to == "none":
             _refuse(given, "run_name", "needs --report_to wandb")
 
@@ -389,6 +438,13 @@ def _require(config, names: str, holds, limit: str) -> None:
             raise ValueError(f"--{name} must be {limit}, not {value}")
 
 
+def _require_max_length(value: str) -> None:
+    percent = re.fullmatch(r"p(\d+(?:\.\d+)?)", value)
+    is_number = re.fullmatch(r"[0-9]+", value) and int(value) >= 1
+    if not (is_number or value == "max" or (percent and 0 < float(percent[1]) <= 100)):
+        raise ValueError(f"--max_length must be a number from 1 on, pNN (a percentile) or max, not {value}")
+
+
 def _require_split(name: str, split: str) -> None:
     try:
         parse_split(split)
@@ -400,8 +456,9 @@ def _require_text(config) -> None:
     """Refuse empty values, as an unset shell variable leaves them; an empty prompt is refused as a prompt."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, str) and not value.strip() and field.name != "prompt":
-            raise ValueError(f"--{field.name} is empty")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.strip() and field.name != "prompt":
+                raise ValueError(f"--{field.name} is empty")
 
 
 def _refuse(given: set[str], names: str, why: str) -> None:

@@ -1,238 +1,94 @@
-"""Rows to batches: tokenize, mask, truncate, count, order, pad."""
+"""Tokenized rows to batches: load and check, choose the length, order, pack, pad."""
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain, islice
+import math
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
 
 from qlora.errors import InputError
-from qlora.prompts import (
-    FALLBACK_CHAT_TEMPLATE,
-    IGNORE_INDEX,
-    DropRow,
-    Segment,
-    detect_format,
-    encode,
-    required_columns,
-    row_segments,
-    starts_with_bos,
-)
-from qlora.rows import LocatedRow, read_rows
+from qlora.packing import pack_rows
+from qlora.prompts import IGNORE_INDEX
+from qlora.rows import RowSource
+from qlora.tokens import TokenizedRows, hold_out, mix, tokenize_rows
 
-SAMPLE_ROWS = 100  # rows that decide the format
 PAD_MULTIPLE = 8  # tensor cores like dimensions that are multiples of 8
+WINDOW_ROWS = 10_000  # rows of a stream that are read and tokenized at a time
 GROUP_STEPS = 50  # group_by_length sorts within this many steps, so that the order stays mostly random
 
 
-def load_data(config, tokenizer, model_config) -> tuple["TokenizedRows", "TokenizedRows | None"]:
+def load_data(config, tokenizer, model_config) -> tuple[TokenizedRows, TokenizedRows | None]:
     """Training and validation rows of a TrainConfig, tokenized and checked against the model's limits.
 
-    Raises InputError for whatever is wrong with them.
+    With --streaming the training rows are the first window of the stream. Raises InputError for whatever is
+    wrong with them.
     """
-    max_length = config.max_length
-    context = getattr(model_config, "max_position_embeddings", None)
-    if context is not None:
-        context -= context % PAD_MULTIPLE  # batches are padded to that, and positions may be learned
-        if max_length > context:
-            print(f"--max_length {max_length} is more than the model's context: {context} is used.")
-            max_length = context
-    tokenize = partial(
-        tokenize_rows, tokenizer=tokenizer, text_field=config.dataset_text_field, max_length=max_length,
-        completion_only_loss=config.completion_only_loss,
-    )  # fmt: skip
-    rows = read_rows(config.dataset, config.split, config.dataset_config)
-    train_rows = tokenize(rows, row_format=config.dataset_format, name=config.dataset)
+    settings = {"text_field": config.dataset_text_field, "completion_only_loss": config.completion_only_loss}
+
+    def tokenize(source: RowSource, row_format: str) -> TokenizedRows:
+        rows = tokenize_rows(
+            source, tokenizer, row_format, name=str(source), content=source.content(), **settings
+        )
+        if not len(rows):
+            raise InputError(f"no row of {source} can be used: {rows.describe_drops()}")
+        return rows
+
+    def cut(rows: TokenizedRows) -> TokenizedRows:
+        rows = rows.cut(max_length)
+        if not len(rows):
+            raise InputError(f"no row can be used: {rows.describe_drops()}")
+        check_vocabulary(rows, model_config.vocab_size)
+        return rows
+
+    sources = [RowSource(dataset, config.split, config.dataset_config) for dataset in config.dataset]
+    if config.streaming:
+        (source,) = sources
+        sample = list(islice(replace(source, streaming=True), WINDOW_ROWS))
+        train_rows = tokenize_rows(sample, tokenizer, config.dataset_format, name=str(source), **settings)
+    else:
+        train_rows = mix([tokenize(source, config.dataset_format) for source in sources])
+    max_length = choose_max_length(config.max_length, train_rows.whole_lengths, model_config)
+    train_rows = cut(train_rows)
     validation_rows = None
     if config.held_out is not None:
         train_rows, validation_rows = hold_out(train_rows, config.held_out, config.seed)
     elif config.validation_split or config.validation_dataset:
-        dataset, split = config.validation_dataset or config.dataset, config.validation_split or "train"
-        rows = read_rows(dataset, split, None if config.validation_dataset else config.dataset_config)
-        validation_rows = tokenize(rows, row_format=train_rows.row_format, name=f"{dataset} ({split})")
-    for rows in filter(None, (train_rows, validation_rows)):
-        check_vocabulary(rows, model_config.vocab_size)
+        sources = [
+            RowSource(dataset, config.validation_split, config.dataset_config) for dataset in config.dataset
+        ]
+        if config.validation_dataset:
+            sources = [RowSource(config.validation_dataset, config.validation_split or "train")]
+        row_format = train_rows.row_format if len(sources) == 1 else config.dataset_format
+        validation_rows = cut(mix([tokenize(source, row_format) for source in sources]))
     return train_rows, validation_rows
 
 
-# ---------------------------------------------------------------- tokenizing
+def choose_max_length(wanted: str, lengths: np.ndarray, model_config) -> int:
+    """Tokens of the longest row from --max_length: a number, a percentile of `lengths` (p90), or `max`.
 
-
-@dataclass
-class TokenizedRows:
-    """Tokenized rows end to end in two flat int32 tensors; row i is [offsets[i], offsets[i + 1])."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor  # the ids, IGNORE_INDEX where the loss does not count; not shifted
-    offsets: list[int]
-    row_format: str
-    rows_read: int = 0
-    dropped: Counter = field(default_factory=Counter)  # reason -> rows
-    first_dropped: dict = field(default_factory=dict)  # reason -> location of the first such row
-    is_cut: list[bool] = field(default_factory=list)  # a row: cut at max_length, its EOS lost
-
-    def __post_init__(self):
-        self.is_cut = self.is_cut or [False] * len(self)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.input_ids[span], self.labels[span]
-
-    @property
-    def lengths(self) -> list[int]:
-        return np.diff(self.offsets).tolist()
-
-    @property
-    def truncated(self) -> int:
-        return sum(self.is_cut)
-
-    @property
-    def targets(self) -> int:
-        return int((self.labels != IGNORE_INDEX).sum())
-
-    def subset(self, indices: list[int]) -> "TokenizedRows":
-        """The chosen rows, copied; the counts of reading stay with the original."""
-        rows = [self[index] for index in indices]
-        offsets = np.cumsum([0] + [len(ids) for ids, _ in rows]).tolist()
-        input_ids, labels = (torch.cat(column) for column in zip(*rows))
-        is_cut = [self.is_cut[index] for index in indices]
-        return TokenizedRows(input_ids, labels, offsets, self.row_format, is_cut=is_cut)
-
-    def describe(self) -> str:
-        """One line: rows read = used + dropped by reason; tokens, targets, truncation."""
-        text = f"{self.rows_read:,} rows read = {len(self):,} used + {self.dropped.total():,} dropped"
-        if self.dropped:
-            text += f" ({describe_drops(self)})"
-        text += f"; {len(self.input_ids):,} tokens, {self.targets:,} trained; format {self.row_format}"
-        if self.truncated:
-            text += f"; {self.truncated:,} answers cut at --max_length, without EOS"
-        return text
-
-
-def describe_drops(rows: TokenizedRows) -> str:
-    return ", ".join(
-        f"{count:,} {reason}, first: {rows.first_dropped[reason]}"
-        for reason, count in rows.dropped.most_common()
-    )
-
-
-def tokenize_rows(
-    located_rows: Iterable[LocatedRow],
-    tokenizer,
-    row_format: str = "auto",
-    text_field: str = "text",
-    max_length: int = 512,
-    completion_only_loss: bool = True,
-    name: str = "the data",
-) -> TokenizedRows:
-    """Tokenize every usable row and count the others by reason.
-
-    Every row gets at most one BOS and ends in a trained EOS. A row longer than `max_length` is cut at its end
-    (the EOS goes: an unfinished answer must not learn to stop); if no target is left, it is dropped. Raises
-    InputError if the format is not recognised, a needed column is absent everywhere, or no row is left. A
-    tokenizer without a chat template is given one if the rows are messages.
+    Percentiles and `max` are rounded up to a multiple of 64, and all are capped by the model's context.
     """
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end-of-sequence token, so no answer could learn to stop")
-    located_rows = iter(located_rows)
-    sample = list(islice(located_rows, SAMPLE_ROWS))
-    row_format = _checked_format([row for _, row in sample], row_format, text_field, name)
-    if row_format == "messages" and tokenizer.chat_template is None:
-        print("The tokenizer has no chat template: turns are written as ### Human: and ### Assistant:.")
-        tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE  # saved with the adapter's tokenizer
-    adds_bos = starts_with_bos(row_format, tokenizer)
-    input_ids, labels, offsets = _IntBuffer(), _IntBuffer(), [0]
-    result = TokenizedRows(None, None, offsets, row_format)
-    for where, row in chain(sample, located_rows):
-        result.rows_read += 1
-        try:
-            segments = row_segments(row, row_format, text_field, tokenizer)
-            row_ids, row_labels = tokenize_segments(segments, adds_bos, completion_only_loss, tokenizer)
-            is_cut = len(row_ids) > max_length
-            row_ids, row_labels = row_ids[:max_length], row_labels[:max_length]
-            if all(label == IGNORE_INDEX for label in row_labels):
-                raise DropRow("prompt fills --max_length")
-        except DropRow as reason:
-            result.dropped[str(reason)] += 1
-            result.first_dropped.setdefault(str(reason), where)
-            continue
-        result.is_cut.append(is_cut)
-        input_ids.extend(row_ids)
-        labels.extend(row_labels)
-        offsets.append(len(input_ids))
-    if not len(result):
-        raise InputError(f"no row of {name} can be used: {describe_drops(result)}")
-    result.input_ids, result.labels = input_ids.tensor(), labels.tensor()
-    return result
-
-
-def tokenize_segments(
-    segments: list[Segment], adds_bos: bool, completion_only_loss: bool, tokenizer
-) -> tuple[list[int], list[int]]:
-    """Segments of a whole row to (input_ids, labels) that end in a trained EOS. Raises DropRow.
-
-    The first token has nothing before it to be predicted from, so it is never a target.
-    """
-    if not completion_only_loss:
-        segments = [(text, True) for text, _ in segments]
-    last, _ = segments[-1]
-    if last.rstrip().endswith(tokenizer.eos_token):  # nothing is trained after EOS
-        segments = [*segments[:-1], (last.rstrip(), True)]
-    input_ids, labels = encode(segments, adds_bos, tokenizer)
-    if len(segments) == 1 and len(input_ids) - input_ids.count(tokenizer.bos_token_id) <= 1:
-        raise DropRow("one token")
-    if input_ids[-1] != tokenizer.eos_token_id:
-        input_ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
-    labels[0] = IGNORE_INDEX
-    return input_ids, labels
-
-
-class _IntBuffer:
-    """Grows like a list at 4 bytes a number."""
-
-    def __init__(self):
-        self.chunks, self.length = [], 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def extend(self, values: list[int]) -> None:
-        self.chunks.append(np.asarray(values, dtype=np.int32))
-        self.length += len(values)
-
-    def tensor(self) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(self.chunks))
-
-
-def _checked_format(sample: list[dict], row_format: str, text_field: str, name: str) -> str:
-    columns = sorted(set().union(*sample))
-    if row_format == "auto":
-        detected = detect_format(sample, text_field)
-        if detected is None:
-            raise InputError(
-                f"{name} has the columns {columns}, which is no known format: '{text_field}', "
-                "'instruction' and 'output', 'prompt' and 'completion', 'messages' or 'conversations'"
-            )
-        return detected
-    needed = required_columns(row_format, text_field)
-    missing = sorted(needed - set(columns))
-    if missing and (row_format != "messages" or len(missing) == len(needed)):
-        raise InputError(
-            f"{name} has no column {missing[0]!r}, which format {row_format} needs; it has {columns}"
-        )
-    return row_format
+    if wanted.isdigit():
+        max_length = int(wanted)
+    else:
+        percent = 100.0 if wanted == "max" else float(wanted[1:])
+        longest = np.percentile(lengths, percent, method="inverted_cdf")  # an actual length
+        max_length = math.ceil(longest / 64) * 64
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is None:
+        return max_length
+    context -= context % PAD_MULTIPLE  # batches are padded to that, and positions may be learned
+    if max_length > context:
+        print(f"--max_length {wanted} is more than the model's context: {context} is used.")
+    return min(max_length, context)
 
 
 def check_vocabulary(rows: TokenizedRows, vocab_size: int) -> None:
     """Raise InputError if a token id has no embedding in a model of `vocab_size` tokens."""
-    largest = int(rows.input_ids.max())
+    largest = int(rows.column("largest_id").max(initial=0))
     if largest >= vocab_size:
         raise InputError(
             f"the tokenizer gives token id {largest}, but the model has only {vocab_size} tokens: "
@@ -240,95 +96,203 @@ def check_vocabulary(rows: TokenizedRows, vocab_size: int) -> None:
         )
 
 
-def hold_out(rows: TokenizedRows, amount: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
-    """Split rows at random into (training, validation); `amount`: below 1 a share, else a number of rows."""
-    count = round(amount * len(rows)) if amount < 1 else int(amount)
-    if not 1 <= count < len(rows):
-        raise InputError(
-            f"--validation_split {amount:g} asks for {count} validation rows of the {len(rows)} there are"
-        )
-    order = np.random.default_rng([seed, 2**32 - 1]).permutation(len(rows)).tolist()
-    training, validation = rows.subset(sorted(order[count:])), rows.subset(sorted(order[:count]))
-    training.rows_read, training.dropped = rows.rows_read - count, rows.dropped
-    training.first_dropped = rows.first_dropped
-    validation.rows_read = count
-    return training, validation
-
-
-# ---------------------------------------------------------------- order and batches
-
-
 class StepOrder:
-    """Which rows each optimizer step takes: a pure function of (seed, epoch, step), whatever the micro-batch
-    size.
+    """Which packs of rows each optimizer step takes: a pure function of (seed, epoch, step), whatever the
+    micro-batch size.
 
-    Each epoch is one permutation of the rows, cut into steps of `rows_per_step`; the last step of an epoch
-    takes what is left, so no row is lost and none is seen twice.
+    Each epoch is one permutation of the rows, cut into steps of `packs_per_step` packs; the last step of an
+    epoch takes what is left, so no row is lost and none is seen twice. A pack is one row or, with
+    `pack_length`, as many as fit that many tokens; epochs may then differ in their number of steps.
+
+    With `weights`, an epoch has as many rows as there are, but from source k its share weights[k] of them:
+    rows of a source come again only when all of it has been seen, in less or more than an epoch.
     """
 
-    def __init__(self, lengths: list[int], rows_per_step: int, seed: int, group_by_length: bool = False):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        packs_per_step: int,
+        seed: int | tuple[int, ...],
+        group_by_length: bool = False,
+        pack_length: int | None = None,
+        sources: np.ndarray | None = None,
+        weights: list[float] | None = None,
+    ):
         self.lengths = np.asarray(lengths)
-        self.rows_per_step = rows_per_step
-        self.seed = seed
+        self.sources, self.weights = sources, weights
+        self.packs_per_step = packs_per_step
+        self.seed = [seed] if isinstance(seed, int) else list(seed)
         self.group_by_length = group_by_length
-        self.steps_per_epoch = -(-len(lengths) // rows_per_step)
-        self._epoch, self._steps = None, []
+        self.pack_length = pack_length
+        self._starts = [0]  # the first step of each epoch known so far
+        self._epoch, self._packs = None, []
 
-    def rows(self, step: int) -> list[int]:
-        """Row indices of optimizer step `step` (from 0), longest first: neighbours then pad each other less.
+    def packs(self, step: int) -> list[list[int]]:
+        """Row indices of each pack of optimizer step `step` (from 0).
 
-        The order inside a step cannot change its gradient, which is a sum over all its targets.
+        Packs of one row come longest first: neighbours then pad each other less. The order inside a step
+        cannot change its gradient, which is a sum over all its targets.
         """
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch = self.epoch_of(step)
+        start = (step - self._starts[epoch]) * self.packs_per_step
+        packs = self._packs_of(epoch)[start : start + self.packs_per_step]
+        if self.pack_length is None:
+            packs = sorted(packs, key=lambda pack: -self.lengths[pack[0]])
+        return packs
+
+    def epoch_of(self, step: int) -> int:
+        while self._starts[-1] <= step:
+            self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
+        return bisect_right(self._starts, step) - 1
+
+    def epochs_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        if step == 0:
+            return 0.0
+        epoch = self.epoch_of(step - 1)
+        return epoch + (step - self._starts[epoch]) / (self._starts[epoch + 1] - self._starts[epoch])
+
+    def steps_until(self, epochs: float) -> int:
+        """Steps of that many epochs; a part of an epoch is rounded up to whole steps."""
+        whole = int(epochs)
+        return sum(map(self.steps_in, range(whole))) + math.ceil((epochs - whole) * self.steps_in(whole))
+
+    def steps_in(self, epoch: int) -> int:
+        """Steps of the epoch of this number (from 0)."""
+        packs = len(self.lengths) if self.pack_length is None else len(self._packs_of(epoch))
+        return -(-packs // self.packs_per_step)
+
+    def _packs_of(self, epoch: int) -> list[list[int]]:
         if epoch != self._epoch:
-            self._epoch, self._steps = epoch, self._cut(epoch)
-        chosen = self._steps[position]
-        return chosen[np.argsort(-self.lengths[chosen], kind="stable")].tolist()
+            generator = np.random.default_rng([*self.seed, epoch])
+            self._epoch, self._packs = epoch, self._cut(self._draw(epoch, generator), generator)
+        return self._packs
 
-    def _cut(self, epoch: int) -> list[np.ndarray]:
-        generator = np.random.default_rng([self.seed, epoch])
-        order = generator.permutation(len(self.lengths))
-        cuts = range(self.rows_per_step, len(order), self.rows_per_step)
-        if not self.group_by_length:
-            return np.split(order, cuts)
-        groups = np.split(
-            order, range(GROUP_STEPS * self.rows_per_step, len(order), GROUP_STEPS * self.rows_per_step)
-        )
-        order = np.concatenate([group[np.argsort(-self.lengths[group], kind="stable")] for group in groups])
-        *full, last = np.split(order, cuts)
-        generator.shuffle(full)
-        return [*full, last]
+    def _draw(self, epoch: int, generator: np.random.Generator) -> np.ndarray:
+        if self.weights is None:
+            return generator.permutation(len(self.lengths))
+        exact = np.array(self.weights) / sum(self.weights) * len(self.lengths)
+        quotas = exact.astype(int)
+        quotas[np.argsort(quotas - exact, kind="stable")[: len(self.lengths) - quotas.sum()]] += 1
+        drawn = []
+        for number, quota in enumerate(quotas.tolist()):
+            rows = np.flatnonzero(self.sources == number)
+            first, last = epoch * quota, (epoch + 1) * quota  # of the source's rows in pass after pass
+            passes = range(first // len(rows), -(-last // len(rows)))
+            repeated = [
+                np.random.default_rng([*self.seed, number, turn, 1]).permutation(rows) for turn in passes
+            ]
+            start = first - passes.start * len(rows)
+            drawn += [np.concatenate(repeated)[start : start + quota]] if quota else []
+        return generator.permutation(np.concatenate(drawn))
+
+    def _cut(self, order: np.ndarray, generator: np.random.Generator) -> list[list[int]]:
+        if self.pack_length is not None:
+            return pack_rows(order, self.lengths, self.pack_length, generator)
+        if self.group_by_length:
+            size = GROUP_STEPS * self.packs_per_step
+            groups = np.split(order, range(size, len(order), size))
+            order = np.concatenate(
+                [group[np.argsort(-self.lengths[group], kind="stable")] for group in groups]
+            )
+            *full, last = np.split(order, range(self.packs_per_step, len(order), self.packs_per_step))
+            generator.shuffle(full)
+            order = np.concatenate([*full, last])
+        return order[:, None].tolist()
 
 
-def micro_batches(rows: TokenizedRows, indices: list[int], batch_size: int, pad_id: int) -> list[dict]:
-    """The rows of one step as padded batches of at most `batch_size` rows, in the order given."""
+@dataclass
+class Step:
+    """What one optimizer step trains on."""
+
+    batches: list[dict]  # collate()'s, in page-locked memory where there is a card
+    tokens: int  # without padding
+    epochs: float  # done when the step is
+    place: dict | None = None  # with --streaming: a Place of qlora/stream.py
+
+
+class StepLoader:
+    """Makes the batches of the next step in a thread while the current one is computed."""
+
+    def __init__(self, rows: TokenizedRows, order: StepOrder, batch_size: int, pad_id: int, last_step: int):
+        self.rows, self.order, self.batch_size, self.pad_id = rows, order, batch_size, pad_id
+        self.last_step = last_step
+        self.thread = ThreadPoolExecutor(1)
+        self.next = (None, None)  # its number, and the Step to come
+
+    def step(self, step: int) -> Step:
+        number, coming = self.next
+        if number != step:
+            coming = self.thread.submit(self.make, step)
+        if step + 1 < self.last_step:
+            self.next = step + 1, self.thread.submit(self.make, step + 1)
+        return coming.result()
+
+    def make(self, step: int) -> Step:
+        """The batches of a step."""
+        packs = self.order.packs(step)
+        batches = micro_batches(self.rows, packs, self.batch_size, self.pad_id, self.order.pack_length)
+        if torch.cuda.is_available():
+            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+        tokens = sum(int(self.order.lengths[pack].sum()) for pack in packs)
+        return Step(batches, tokens, self.order.epochs_at(step + 1))
+
+
+def micro_batches(
+    rows: TokenizedRows, packs: list[list[int]], batch_size: int, pad_id: int, pack_length: int | None = None
+) -> list[dict]:
+    """The packs of one step as batches of at most `batch_size` packs, in the order given."""
+    found = iter(rows.fetch([index for pack in packs for index in pack]))
+    filled = [[next(found) for _ in pack] for pack in packs]
     return [
-        collate([rows[index] for index in indices[start : start + batch_size]], pad_id)
-        for start in range(0, len(indices), batch_size)
+        collate(filled[start : start + batch_size], pad_id, pack_length)
+        for start in range(0, len(filled), batch_size)
     ]
 
 
-def collate(rows: list[tuple[torch.Tensor, torch.Tensor]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad rows on the right into one batch.
+def collate(
+    packs: list[list[tuple[torch.Tensor, torch.Tensor]]], pad_id: int, pack_length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """One batch of packs of (input_ids, labels) rows, padded on the right to a multiple of PAD_MULTIPLE.
 
-    Returns input_ids (rows, length) and, for the n targets of the batch, target_ids (n,) and target_index
-    (n,): the hidden state at flat position target_index[i] of (rows * length) predicts target_ids[i]. No
+    Returns input_ids (packs, length) and, for the n targets of the batch, target_ids (n,) and target_index
+    (n,): the hidden state at flat position target_index[i] of (packs * length) predicts target_ids[i]. No
     attention mask is needed: under causal attention no token sees the padding to its right, and padding
     predicts nothing.
+
+    With `pack_length` all packs get that length, and two more tensors keep their rows apart: position_ids
+    (packs, length), which start again at 0 with every row and with the padding, and seq_starts, the flat
+    positions where they do, filled up with packs * length to a power of two of entries: shapes repeat.
     """
-    length = -(-max(len(ids) for ids, _ in rows) // PAD_MULTIPLE) * PAD_MULTIPLE
-    input_ids = torch.full((len(rows), length), pad_id)
-    labels = torch.full((len(rows), length), IGNORE_INDEX)
-    for position, (row_ids, row_labels) in enumerate(rows):
-        input_ids[position, : len(row_ids)] = row_ids
-        labels[position, : len(row_labels)] = row_labels
+    length = pack_length or max(sum(len(ids) for ids, _ in pack) for pack in packs)
+    length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+    input_ids = torch.full((len(packs), length), pad_id)
+    labels = torch.full((len(packs), length), IGNORE_INDEX)
+    starts = []
+    for number, pack in enumerate(packs):
+        position = 0
+        for row_ids, row_labels in pack:
+            starts.append(number * length + position)
+            input_ids[number, position : position + len(row_ids)] = row_ids
+            labels[number, position : position + len(row_ids)] = row_labels
+            position += len(row_ids)
+        if position < length:
+            starts.append(number * length + position)
     next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     target_index = (next_labels != IGNORE_INDEX).nonzero().squeeze(1)
-    return {"input_ids": input_ids, "target_index": target_index, "target_ids": next_labels[target_index]}
+    batch = {"input_ids": input_ids, "target_index": target_index, "target_ids": next_labels[target_index]}
+    if pack_length is not None:
+        starts = torch.tensor(starts)
+        total = len(packs) * length
+        lengths = torch.diff(starts, append=torch.tensor([total]))
+        positions = torch.arange(total) - starts.repeat_interleave(lengths)
+        entries = 2 ** len(starts).bit_length()  # at least one more than rows
+        batch["position_ids"] = positions.view(len(packs), length)
+        batch["seq_starts"] = torch.full((entries,), total, dtype=torch.int32)
+        batch["seq_starts"][: len(starts)] = starts
+    return batch
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copy a batch to the device; from pinned memory, so that the copy waits for nothing."""
-    if device.type == "cuda":
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
-    return batch
+    """Copy a batch to the device; from page-locked memory the copy waits for nothing."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -2,8 +2,9 @@
 
 import torch
 
-from qlora.data import TokenizedRows, micro_batches, to_device
+from qlora.data import micro_batches, to_device
 from qlora.loss import next_token_loss
+from qlora.tokens import TokenizedRows
 
 
 @torch.no_grad()
@@ -19,9 +20,10 @@ def evaluate_loss(
     was_training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    longest_first = sorted(range(len(rows)), key=rows.lengths.__getitem__, reverse=True)
+    longest_first = (-rows.lengths).argsort(kind="stable").tolist()
     for start in range(0, len(rows), batch_size):
-        (batch,) = micro_batches(rows, longest_first[start : start + batch_size], batch_size, pad_id)
+        packs = [[index] for index in longest_first[start : start + batch_size]]
+        (batch,) = micro_batches(rows, packs, batch_size, pad_id)
         with autocast():
             total += next_token_loss(model, to_device(batch, model.device), plain_head)
     model.train(was_training)

@@ -143,5 +143,4 @@ def _keep_until(path: Path, step: int) -> None:
 
 def start_screen(**facts: str) -> str:
     """The facts of a run, one a line."""
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+    return "\n".join(f"{name:<10}  {value}" for name, value in facts.items())

@@ -4,6 +4,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from qlora.attention import attention_inputs
+
 CHUNK = 1024  # targets per piece: 1024 x 32,000 float32 logits are 131 MB
 
 
@@ -17,10 +19,10 @@ def next_token_loss(model, batch: dict[str, torch.Tensor], plain_head: bool) -> 
     """
     causal_lm = model.get_base_model()
     if not plain_head:
-        logits = causal_lm(input_ids=batch["input_ids"], use_cache=False).logits
+        logits = causal_lm(**attention_inputs(batch), use_cache=False).logits
         logits = logits.flatten(0, 1).index_select(0, batch["target_index"])
         return cross_entropy(logits.float(), batch["target_ids"], reduction="sum")
-    hidden = causal_lm.get_decoder()(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    hidden = causal_lm.get_decoder()(**attention_inputs(batch), use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1).index_select(0, batch["target_index"])
     head = causal_lm.get_output_embeddings()
     total = hidden.new_zeros((), dtype=torch.float32)

@@ -1,10 +1,12 @@
 """Rows from files, folders and the hub, each with the place it stands at; what cannot be read is named."""
 
 import csv
+import hashlib
 import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain, dropwhile, islice
 from pathlib import Path
 
@@ -15,28 +17,49 @@ OTHER_SPLITS = ("test", "testing", "eval", "evaluation", "validation", "valid", 
 LocatedRow = tuple[str, dict]  # ("rows.jsonl line 12", {column: value})
 
 
-def read_rows(dataset: str, split: str, config_name: str | None = None) -> Iterator[LocatedRow]:
+@dataclass(frozen=True)
+class RowSource:
+    """A data set and split as they were given; can be iterated again and again, as read_rows."""
+
+    dataset: str
+    split: str = "train"
+    config_name: str | None = None
+    streaming: bool = False  # a hub data set is not downloaded first
+
+    def __iter__(self) -> Iterator[LocatedRow]:
+        return read_rows(self.dataset, self.split, self.config_name, self.streaming)
+
+    def __str__(self) -> str:
+        return self.dataset if self.split == "train" else f"{self.dataset} ({self.split})"
+
+    def content(self) -> str:
+        """A hash of what is read: the files' bytes, or what `datasets` has as fingerprint of hub data."""
+        name, _, _ = parse_split(self.split)
+        files = _local_files(self.dataset, name)
+        if files is None:
+            return _load_from_hub(self.dataset, self.split, self.config_name)._fingerprint
+        digest = hashlib.sha256(self.split.encode())
+        for file in files:
+            digest.update(str(file).encode())
+            with _open(file) as opened:
+                while block := opened.read(2**20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+def read_rows(
+    dataset: str, split: str, config_name: str | None = None, streaming: bool = False
+) -> Iterator[LocatedRow]:
     """Yield (location, row) from a file, a folder of files, or a hub data set.
 
     `split` is a split's name with an optional slice in rows or percent: train, train[:1000], train[90%:].
     Raises InputError, naming the file and line, for what cannot be read.
     """
     name, start, stop = parse_split(split)
-    path = Path(dataset)
-    if path.is_file():
-        files = [path]
-        if path.suffix.lower() not in READERS:
-            raise InputError(f"{path} is none of {', '.join(READERS)}")
-        if name != "train":
-            raise InputError(
-                f"{path} is a single file: it has the split 'train' (or a slice of it), not '{split}'"
-            )
-    elif path.is_dir():
-        files = _files_of_split(path, name)
-    elif path.suffix.lower() in READERS or dataset.startswith((".", "/", "~")):
-        raise InputError(f"no such data file or folder: {dataset}")
-    else:
-        yield from _hub_rows(dataset, split, config_name)
+    files = _local_files(dataset, name)
+    if files is None:
+        for number, row in enumerate(_load_from_hub(dataset, split, config_name, streaming), start=1):
+            yield f"{dataset} row {number}", row
         return
 
     def rows():
@@ -71,6 +94,24 @@ def _absolute_slice(start, stop, rows: int) -> tuple[int, int]:
     return slice(*bounds).indices(rows)[:2]
 
 
+def _local_files(dataset: str, split_name: str) -> list[Path] | None:
+    """The files of a split of a local data set; None if it must be one on the hub."""
+    path = Path(dataset)
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise InputError(f"{path} is none of {', '.join(READERS)}")
+        if split_name != "train":
+            raise InputError(
+                f"{path} is a single file: it has the split 'train' (or a slice of it), not '{split_name}'"
+            )
+        return [path]
+    if path.is_dir():
+        return _files_of_split(path, split_name)
+    if path.suffix.lower() in READERS or dataset.startswith((".", "/", "~")):
+        raise InputError(f"no such data file or folder: {dataset}")
+    return None
+
+
 def _files_of_split(folder: Path, name: str) -> list[Path]:
     """A folder's data files that name the split; for train, if there are none, those that name no other."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
@@ -88,19 +129,17 @@ def _files_of_split(folder: Path, name: str) -> list[Path]:
     return chosen
 
 
-def _hub_rows(dataset: str, split: str, config_name: str | None) -> Iterator[LocatedRow]:
-    import datasets  # slow to import, and not needed for local files
+def _load_from_hub(dataset: str, split: str, config_name: str | None, streaming: bool = False):
+    import datasets  # slow to import, and generate.py does not need it for local files
 
     try:
-        rows = datasets.load_dataset(dataset, config_name, split=split)
+        return datasets.load_dataset(dataset, config_name, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises dozens of types; all mean the same to the user
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
             f"cannot load the data set '{dataset}' ({split}): it is no file or folder here, and the hub "
             f"says: {reason[0][:300]} - check the name, the network and `hf auth login`, or give a local file"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{dataset} row {number}", row
 
 
 def _read_jsonl(path: Path) -> Iterator[LocatedRow]:

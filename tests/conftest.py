@@ -1,13 +1,17 @@
 """A tiny random Llama, a tokenizer made on the spot, and rows to train on; all offline, on the CPU."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of transformers
 if "gpu" not in sys.argv:  # without -m gpu the tests are those of a CPU, also where there is a card
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any import of torch or bitsandbytes, which look at once
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DATASETS_CACHE"] = CACHE = tempfile.mkdtemp(prefix="qlora-tests-")
 
 import json
 from pathlib import Path
@@ -15,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -101,6 +106,8 @@ def run(base, rows_file, tmp_path):
         ]
         if "--adapter" not in flags:
             argv[6:6] = ["--lora_dropout", "0"]
+        if "--packing" not in flags:  # 42 short rows would be one or two packs
+            argv[6:6] = ["--no_packing"]
         return train.train(parse_args(TrainConfig, argv)), tmp_path / out
 
     return run

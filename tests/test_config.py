@@ -75,7 +75,6 @@ NUMBERS = {
     "lora_dropout": ["-0.1", "1", "1.5", "nan", "inf", "x"],
     "num_train_epochs": ["0", "-1", "nan", "inf"],
     "max_steps": ["0", "-2", "1.5", "inf"],
-    "max_length": ["0", "-1", "x"],
     "per_device_train_batch_size": ["0", "-4"],
     "gradient_accumulation_steps": ["0", "-4"],
     "per_device_eval_batch_size": ["0"],
@@ -135,6 +134,21 @@ def test_every_number_has_a_limit():
         (["--validation_split", "inf"], "--validation_split"),
         (["--validation_split", "-1"], "--validation_split"),
         (["--validation_split", "1.5"], "--validation_split"),  # neither a share nor a number of rows
+        *(
+            (["--max_length", value], "--max_length must be")
+            for value in ("0", "x", "p0", "p101", "p", "1.5", "P9")
+        ),
+        (["--streaming"], "--streaming needs --max_steps"),
+        (["--streaming", "--max_steps", "9", "--max_length", "p90"], "needs a number as --max_length"),
+        (["--streaming", "--max_steps", "9", "--dataset", "a", "b"], "takes one --dataset"),
+        (["--streaming", "--max_steps", "9", "--validation_split", "0.1"], "not held out"),
+        (["--streaming", "--max_steps", "9", "--data_report"], "--data_report reads all rows"),
+        (["--dataset_weights", "0.5", "0.5"], "has 2 numbers for 1 data sets"),
+        (["--dataset", "a", "b", "--dataset_weights", "1", "0"], "--dataset_weights must be above 0"),
+        (["--dataset", "a", "b", "--dataset_weights", "1", "nan"], "--dataset_weights must be above 0"),
+        (["--dataset", "a", ""], "--dataset is empty"),
+        (["--data_report", "xml"], "xml"),
+        (["--group_by_length"], "--group_by_length needs --no_packing"),
         (["--split", "train[:10"], "--split: cannot read the split 'train[:10'"),
         (["--validation_split", "val[5"], "--validation_split: cannot read"),
         (["--validation_split", "100%"], "--validation_split"),
@@ -207,7 +221,7 @@ def test_the_defaults_are_the_qlora_recipe():
     assert (config.learning_rate, config.lr_scheduler_type, config.warmup_ratio) == (2e-4, "cosine", 0.03)
     assert (config.max_grad_norm, config.gradient_checkpointing) == (0.3, "all")
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 16
-    assert config.dataset == "timdettmers/openassistant-guanaco"
+    assert config.dataset == ["timdettmers/openassistant-guanaco"]
 
 
 def test_dashes_underscores_and_equals_signs_mean_the_same():

@@ -5,18 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from qlora.data import (
-    StepOrder,
-    TokenizedRows,
-    check_vocabulary,
-    collate,
-    hold_out,
-    micro_batches,
-    tokenize_rows,
-)
+from qlora.data import StepOrder, check_vocabulary, collate, micro_batches
 from qlora.errors import InputError
 from qlora.prompts import IGNORE_INDEX
+from qlora.tokens import TOKENS, TokenizedRows, hold_out, token_columns, tokenize_rows
 
 ROWS = [
     {"prompt": "What?", "completion": " A leaf."},
@@ -67,9 +61,10 @@ def test_a_text_row_that_teaches_nothing_is_dropped(tokenizer, text, reason):
 
 
 @pytest.mark.parametrize("rows", [[{"text": None}], [{"text": ""}] * 3, [{"prompt": "a", "completion": ""}]])
-def test_an_error_if_no_row_is_left(tokenizer, rows):
-    with pytest.raises(InputError, match=rf"no row of my\.jsonl .*: {len(rows)} .*first: rows line 1"):
-        tokenize_rows(located(*rows), tokenizer, name="my.jsonl")
+def test_without_a_usable_row_the_reasons_are_kept(tokenizer, rows):
+    found = tokenize_rows(located(*rows), tokenizer)
+    assert len(found) == 0 and found.dropped.total() == len(rows)
+    assert found.describe_drops().endswith("first: rows line 1")
 
 
 def test_a_column_that_is_absent_everywhere_is_an_error_that_lists_the_columns(tokenizer):
@@ -94,7 +89,7 @@ def test_rows_read_are_rows_used_plus_rows_dropped(tokenizer):
         "prompt fills --max_length": {"prompt": "What? " * 40, "completion": "a"},
     }
     drawn = [None, *np.random.default_rng(0).choice(list(kinds), size=400)]
-    rows = tokenize_rows(located(*(kinds[kind] for kind in drawn)), tokenizer, max_length=32)
+    rows = tokenize_rows(located(*(kinds[kind] for kind in drawn)), tokenizer).cut(32)
     expected = Counter(drawn)
     assert len(rows) == expected.pop(None)
     assert rows.dropped == expected
@@ -106,10 +101,11 @@ def test_an_answer_that_is_too_long_is_cut_counted_and_has_no_eos(tokenizer):
     ids, labels = whole[0]
     for max_length in range(1, len(ids) + 2):
         if not any(label != IGNORE_INDEX for label in labels[:max_length]):
-            with pytest.raises(InputError, match="1 prompt fills --max_length"):
-                tokenize_rows(located(USABLE), tokenizer, max_length=max_length)
+            cut = whole.cut(max_length)
+            assert len(cut) == 0 and cut.dropped == {"prompt fills --max_length": 1}
+            assert cut.first_dropped == {"prompt fills --max_length": "rows line 1"}
             continue
-        rows = tokenize_rows(located(USABLE), tokenizer, max_length=max_length)
+        rows = whole.cut(max_length)
         is_cut = max_length < len(ids)
         assert rows[0][0].tolist() == ids[:max_length].tolist()
         assert rows[0][1].tolist() == labels[:max_length].tolist()
@@ -122,9 +118,9 @@ def test_flat_rows_come_back_one_by_one(tokenizer):
     rows = tokenize_rows(located(*({"text": text} for text in texts)), tokenizer)
     expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     assert [rows[i][0].tolist() for i in range(len(rows))] == expected
-    assert rows.lengths == [len(ids) for ids in expected]
+    assert rows.lengths.tolist() == [len(ids) for ids in expected]
     assert rows.targets == sum(len(ids) - 1 for ids in expected)
-    chosen = rows.subset([2, 0])
+    chosen = rows.subset(np.array([2, 0]))
     assert [chosen[i][0].tolist() for i in range(len(chosen))] == [expected[2], expected[0]]
 
 
@@ -146,9 +142,9 @@ def make_rows(lengths, seed=0):
     labels = [np.where(generator.random(len(row)) < 0.5, row, IGNORE_INDEX) for row in ids]
     for row_ids, row_labels in zip(ids, labels):
         row_labels[0], row_labels[-1] = IGNORE_INDEX, row_ids[-1]
-    offsets = np.cumsum([0, *lengths]).tolist()
-    tensors = (torch.from_numpy(np.concatenate(part).astype(np.int32)) for part in (ids, labels))
-    return TokenizedRows(*tensors, offsets, "text", rows_read=len(lengths))
+    columns = [token_columns("", *pair, {}, bos_id=1, eos_id=2) for pair in zip(ids, labels)]
+    table = Dataset.from_list(columns, features=TOKENS)
+    return TokenizedRows(table, "text", np.arange(len(ids)), np.zeros(len(ids), int), rows_read=len(ids))
 
 
 def contents(rows):
@@ -175,7 +171,7 @@ def test_holding_out_nothing_or_everything_is_an_error(amount):
 def test_both_halves_keep_the_books(tokenizer):
     """Rows read = used + dropped in each, and a cut row is counted where it went: cut rows have no EOS."""
     lines = [{**USABLE, "completion": " leaf" * number} for number in range(13)]
-    rows = tokenize_rows(located(*lines), tokenizer, max_length=12)
+    rows = tokenize_rows(located(*lines), tokenizer).cut(12)
     assert rows.dropped == {"empty response": 1} and 2 < rows.truncated < len(rows) - 2
     for half in (halves := hold_out(rows, 0.5, seed=0)):
         assert half.rows_read == len(half) + half.dropped.total()
@@ -186,82 +182,116 @@ def test_both_halves_keep_the_books(tokenizer):
 # ---------------------------------------------------------------- order
 
 
-LENGTHS = np.random.default_rng(1).integers(3, 200, size=1003).tolist()
-ORDERS = pytest.mark.parametrize("group_by_length", [False, True])
+LENGTHS = np.random.default_rng(1).integers(3, 200, size=1003)
+KINDS = {"shuffled": {}, "grouped": {"group_by_length": True}, "packed": {"pack_length": 256}}
+ORDERS = pytest.mark.parametrize("kind", KINDS)
 
 
-def epoch_rows(order, epoch):
-    return [order.rows(epoch * order.steps_per_epoch + step) for step in range(order.steps_per_epoch)]
+def epoch_steps(order, epoch):
+    first = sum(order.steps_in(before) for before in range(epoch))
+    return [order.packs(first + step) for step in range(order.steps_in(epoch))]
+
+
+def rows_of(packs):
+    return [row for pack in packs for row in pack]
 
 
 @ORDERS
-@pytest.mark.parametrize("number, rows_per_step", [(1003, 16), (64, 16), (17, 16), (5, 1), (1, 4), (3, 16)])
-def test_an_epoch_takes_every_row_once_and_its_last_step_the_rest(group_by_length, number, rows_per_step):
-    order = StepOrder(LENGTHS[:number], rows_per_step, seed=0, group_by_length=group_by_length)
+@pytest.mark.parametrize("number, packs_per_step", [(1003, 16), (64, 16), (17, 16), (5, 1), (1, 4), (3, 16)])
+def test_an_epoch_takes_every_row_once_and_its_last_step_the_rest(kind, number, packs_per_step):
+    order = StepOrder(LENGTHS[:number], packs_per_step, seed=0, **KINDS[kind])
     for epoch in range(3):
-        steps = epoch_rows(order, epoch)
-        assert sorted(row for step in steps for row in step) == list(range(number))
-        assert [len(step) for step in steps[:-1]] == [rows_per_step] * (order.steps_per_epoch - 1)
-        assert len(steps[-1]) == (number - 1) % rows_per_step + 1
+        steps = epoch_steps(order, epoch)
+        assert sorted(row for packs in steps for row in rows_of(packs)) == list(range(number))
+        assert [len(packs) for packs in steps[:-1]] == [packs_per_step] * (len(steps) - 1)
+        assert 1 <= len(steps[-1]) <= packs_per_step
 
 
 @ORDERS
-def test_order_is_a_pure_function_of_seed_epoch_and_step(group_by_length):
+def test_order_is_a_pure_function_of_seed_epoch_and_step(kind):
     wanted = list(range(0, 190, 7))
-    forwards = StepOrder(LENGTHS, 16, seed=5, group_by_length=group_by_length)
-    expected = {step: forwards.rows(step) for step in wanted}
-    backwards = StepOrder(LENGTHS, 16, seed=5, group_by_length=group_by_length)
-    assert {step: backwards.rows(step) for step in reversed(wanted)} == expected
+    forwards = StepOrder(LENGTHS, 16, seed=5, **KINDS[kind])
+    expected = {step: forwards.packs(step) for step in wanted}
+    backwards = StepOrder(LENGTHS, 16, seed=5, **KINDS[kind])
+    assert {step: backwards.packs(step) for step in reversed(wanted)} == expected
     for step in wanted:
-        assert StepOrder(LENGTHS, 16, seed=5, group_by_length=group_by_length).rows(step) == expected[step]
+        assert StepOrder(LENGTHS, 16, seed=5, **KINDS[kind]).packs(step) == expected[step]
 
 
 @ORDERS
-def test_order_neither_depends_on_nor_draws_from_global_random_states(group_by_length):
+def test_order_neither_depends_on_nor_draws_from_global_random_states(kind):
     torch.manual_seed(0)
     np.random.seed(0)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    rows = StepOrder(LENGTHS, 16, seed=5, group_by_length=group_by_length).rows(3)
+    packs = StepOrder(LENGTHS, 16, seed=5, **KINDS[kind]).packs(3)
     assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[1].tolist() == states[1]
     np.random.seed(1)
-    assert StepOrder(LENGTHS, 16, seed=5, group_by_length=group_by_length).rows(3) == rows
+    assert StepOrder(LENGTHS, 16, seed=5, **KINDS[kind]).packs(3) == packs
 
 
 @ORDERS
-def test_epochs_and_seeds_differ(group_by_length):
-    order, other = (StepOrder(LENGTHS, 16, seed, group_by_length) for seed in (0, 1))
-    firsts = order.rows(0), order.rows(order.steps_per_epoch), other.rows(0)
-    assert len({frozenset(rows) for rows in firsts}) == 3
+def test_epochs_and_seeds_differ(kind):
+    order, other = (StepOrder(LENGTHS, 16, seed, **KINDS[kind]) for seed in (0, 1))
+    firsts = order.packs(0), order.packs(order.steps_in(0)), other.packs(0)
+    assert len({frozenset(rows_of(packs)) for packs in firsts}) == 3
 
 
 @ORDERS
-def test_a_step_is_sorted_from_long_to_short(group_by_length):
-    order = StepOrder(LENGTHS, 16, seed=0, group_by_length=group_by_length)
-    for rows in epoch_rows(order, 0):
-        assert [LENGTHS[row] for row in rows] == sorted((LENGTHS[row] for row in rows), reverse=True)
+def test_steps_and_epochs_count_each_other(kind):
+    order = StepOrder(LENGTHS, 16, seed=0, **KINDS[kind])
+    steps = [order.steps_in(epoch) for epoch in range(3)]
+    assert [order.steps_until(epochs) for epochs in (1, 2, 3)] == np.cumsum(steps).tolist()
+    assert order.steps_until(2.5) == sum(steps[:2]) + -(-steps[2] // 2)
+    assert order.epochs_at(0) == 0 and order.epochs_at(sum(steps)) == 3
+    assert order.epochs_at(steps[0] + 1) == pytest.approx(1 + 1 / steps[1])
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "grouped"])
+def test_a_step_is_sorted_from_long_to_short(kind):
+    order = StepOrder(LENGTHS, 16, seed=0, **KINDS[kind])
+    for packs in epoch_steps(order, 0):
+        lengths = [int(LENGTHS[row]) for row in rows_of(packs)]
+        assert lengths == sorted(lengths, reverse=True)
 
 
 def test_grouping_by_length_pads_less_and_does_not_run_from_long_to_short():
     def padded(steps):
-        return sum(max(LENGTHS[row] for row in rows) * len(rows) for rows in steps)
+        return sum(max(LENGTHS[rows_of(packs)]) * len(packs) for packs in steps)
 
-    plain, grouped = (epoch_rows(StepOrder(LENGTHS, 16, 0, group), 0) for group in (False, True))
+    plain, grouped = (epoch_steps(StepOrder(LENGTHS, 16, 0, group), 0) for group in (False, True))
     assert padded(grouped) < 1.1 * sum(LENGTHS) < padded(plain)
-    longest = [max(LENGTHS[row] for row in rows) for rows in grouped[:50]]
+    longest = [max(LENGTHS[rows_of(packs)]) for packs in grouped[:50]]
     assert abs(np.corrcoef(longest, np.arange(50))[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("pack_length", [None, 256])
+def test_a_mixture_has_its_weights_in_every_epoch_and_repeats_no_row_early(pack_length):
+    """Sources of 900, 90 and 13 rows at 20%, 70% and 10%: the second comes about eight times an epoch."""
+    sources = np.repeat([0, 1, 2], [900, 90, 13])
+    order = StepOrder(LENGTHS, 16, 0, pack_length=pack_length, sources=sources, weights=[0.2, 0.7, 0.1])
+    counts, epochs = np.zeros(1003, int), 4
+    for epoch in range(epochs):
+        rows = [row for packs in epoch_steps(order, epoch) for row in rows_of(packs)]
+        assert len(rows) == 1003
+        assert np.bincount(sources[rows]).tolist() == [201, 702, 100]
+        np.add.at(counts, rows, 1)
+    for source in range(3):  # all of a source's rows have been seen equally often, but for the pass under way
+        assert np.ptp(counts[sources == source]) <= 1
+    again = StepOrder(LENGTHS, 16, 0, pack_length=pack_length, sources=sources, weights=[0.2, 0.7, 0.1])
+    assert again.packs(100) == order.packs(100)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
 def test_the_rows_of_a_step_do_not_depend_on_the_micro_batch_size(batch_size):
     rows = make_rows(LENGTHS[:40])
-    indices = StepOrder(rows.lengths, 16, seed=0).rows(1)
-    batches = micro_batches(rows, indices, batch_size, pad_id=2)
+    packs = StepOrder(rows.lengths, 16, seed=0).packs(1)
+    batches = micro_batches(rows, packs, batch_size, pad_id=2)
     assert [len(batch["input_ids"]) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
     padded = [row for batch in batches for row in batch["input_ids"].tolist()]
-    for index, row in zip(indices, padded, strict=True):
+    for index, row in zip(rows_of(packs), padded, strict=True):
         assert row[: rows.lengths[index]] == rows[index][0].tolist()
     assert sum(len(batch["target_ids"]) for batch in batches) == sum(
-        int((rows[index][1] != IGNORE_INDEX).sum()) for index in indices
+        int((rows[index][1] != IGNORE_INDEX).sum()) for index in rows_of(packs)
     )
 
 
@@ -272,7 +302,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_micro_batch_size(batch_size):
 @pytest.mark.parametrize("pad_id", [0, 2, 399])
 def test_every_target_is_paired_with_the_position_before_it(lengths, pad_id):
     rows = make_rows(lengths, seed=len(lengths))
-    batch = collate([rows[i] for i in range(len(rows))], pad_id)
+    batch = collate([[rows[i]] for i in range(len(rows))], pad_id)
     width = 8 * -(-max(lengths) // 8)
     assert batch["input_ids"].shape == (len(lengths), width)
     pairs = []
@@ -290,7 +320,7 @@ def test_every_target_is_paired_with_the_position_before_it(lengths, pad_id):
 
 def test_the_targets_of_real_rows_read_as_their_answers(tokenizer):
     rows = tokenize_rows(located(*ROWS), tokenizer)
-    batch = collate([rows[0], rows[1]], tokenizer.eos_token_id)
+    batch = collate([[rows[0]], [rows[1]]], tokenizer.eos_token_id)
     assert torch.equal(batch["input_ids"].flatten()[batch["target_index"] + 1], batch["target_ids"])
     answers = "".join(row["completion"] + tokenizer.eos_token for row in ROWS)
     assert " " + tokenizer.decode(batch["target_ids"]) == answers

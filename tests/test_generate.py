@@ -43,6 +43,7 @@ def adapter(base, rows_file, tmp_path_factory):
         "all-linear",
         "--lora_dropout",
         "0",
+        "--no_packing",
     ]
     return train.train(parse_args(TrainConfig, argv)), out
 

@@ -62,7 +62,7 @@ def test_loss_and_gradient_are_those_of_the_model_itself(name, monkeypatch):
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     assert has_plain_head(model) == is_plain
     examples = list(rows())
-    batch = collate(examples, pad_id=0)
+    batch = collate([[row] for row in examples], pad_id=0)
 
     def gradients():
         grads = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
@@ -89,6 +89,6 @@ def test_a_trained_head_gets_its_gradient():
     base = transformers.LlamaForCausalLM(MODELS["llama"][0])
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "lm_head"]))
     assert has_plain_head(model)
-    next_token_loss(model, collate(list(rows()), pad_id=0), plain_head=True).backward()
+    next_token_loss(model, collate([[row] for row in rows()], pad_id=0), plain_head=True).backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if "lm_head.lora_B" in name}
     assert all(grad.any() for grad in grads.values()) and grads

@@ -3,7 +3,7 @@
 import pytest
 from tokenizers import processors
 
-from qlora.data import collate, tokenize_rows
+from qlora.data import collate
 from qlora.errors import InputError
 from qlora.prompts import (
     FALLBACK_CHAT_TEMPLATE,
@@ -16,6 +16,7 @@ from qlora.prompts import (
     row_segments,
     starts_with_bos,
 )
+from qlora.tokens import tokenize_rows
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -75,7 +76,9 @@ def cut_by_hand(tokenizer, parts):
 
 
 def tokenize(tokenizer, row, row_format="auto", **options):
+    max_length = options.pop("max_length", None)
     rows = tokenize_rows([("rows line 1", row)], tokenizer, row_format, **options)
+    rows = rows.cut(max_length) if max_length else rows
     ids, labels = rows[0]
     return rows.row_format, ids.tolist(), labels.tolist()
 
@@ -263,7 +266,7 @@ def test_a_bos_in_the_text_counts_where_the_tokenizer_adds_none(tokenizer):
 def test_eos_is_a_target_of_every_row_also_where_it_is_the_pad_token(tokenizer):
     tokenizer.pad_token = tokenizer.eos_token
     rows = tokenize_rows([("line", {"text": text}) for text in ("What?", "What is it? A leaf.")], tokenizer)
-    batch = collate([rows[0], rows[1]], tokenizer.pad_token_id)
+    batch = collate([[rows[0]], [rows[1]]], tokenizer.pad_token_id)
     assert len(rows[0][0]) < len(rows[1][0]) <= batch["input_ids"].shape[1]
     assert batch["target_ids"].tolist().count(tokenizer.eos_token_id) == 2
     assert len(batch["target_ids"]) == sum(len(ids) - 1 for ids, _ in (rows[0], rows[1]))

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from qlora.data import tokenize_rows
 from qlora.errors import InputError
 from qlora.rows import read_rows
+from qlora.tokens import tokenize_rows
 
 ROWS = [
     {"prompt": "What?", "completion": " A leaf."},

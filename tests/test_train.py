@@ -21,11 +21,11 @@ from transformers import (
 import train
 from qlora.adapter import ADAPTER
 from qlora.checkpoint import STATE, STATE_TENSORS
-from qlora.data import tokenize_rows
 from qlora.evaluate import evaluate_loss
 from qlora.generation import generate
 from qlora.model import load_base
 from qlora.rows import read_rows
+from qlora.tokens import tokenize_rows
 from tests.conftest import ROOT, ROWS
 
 
@@ -146,7 +146,7 @@ RESUME_FLAGS = (
 def rest_of_state(folder) -> dict:
     """Progress, scaler and Python's random state at the end; not the clock, nor how the run was started."""
     state = json.loads((folder / "checkpoint-8" / STATE).read_text())
-    del state["progress"]["window_seconds"], state["config"]
+    del state["progress"]["window_seconds"], state["progress"]["window_waited"], state["config"]
     return state
 
 
@@ -157,6 +157,7 @@ def rest_of_state(folder) -> dict:
         "--optim adamw_8bit --dtype float16",
         "--optim paged_adamw_32bit --group_by_length",
         "--optim adamw_torch --dtype bfloat16 --gradient_checkpointing none",
+        "--packing --max_length 40 --per_device_train_batch_size 2",
     ],
 )
 def test_resume_equals_an_uninterrupted_run_bit_by_bit(run, flags):
@@ -174,7 +175,7 @@ def test_resume_equals_an_uninterrupted_run_bit_by_bit(run, flags):
     assert_same(load_file(folder / "checkpoint-8" / STATE_TENSORS), want_state)
     assert rest_of_state(folder) == want_rest
     for line in (*want_metrics, *(resumed := metrics(folder))):
-        del line["tokens_per_s"]
+        del line["tokens_per_s"], line["data_wait"]
     assert resumed == want_metrics
 
 
@@ -316,6 +317,24 @@ def test_latest_does_not_replace_a_finished_adapter(run):
     shutil.rmtree(folder / "checkpoint-1")
     with pytest.raises(train.InputError, match="finished adapter"):
         run("--max_steps 1 --resume_from_checkpoint latest")
+
+
+def test_data_sets_of_different_formats_are_mixed(run, rows_file, tmp_path, capsys):
+    other = tmp_path / "chat.jsonl"
+    other.write_text('{"text": "### Human: What?### Assistant: A leaf."}\n' * 10 + '{"text": ""}\n')
+    flags = ["--dataset", rows_file, str(other)]
+    _, folder = run("--max_steps 4 --logging_steps 1", *flags, "--dataset_weights 0.5 0.5")
+    printed = capsys.readouterr().out
+    assert f"{rows_file} + {other}: 53 rows read = 52 used + 1 dropped (1 empty text" in printed
+    assert metrics(folder)[-1]["step"] == 4
+
+
+def test_packing_does_not_change_what_an_epoch_learns_from(run, capsys):
+    """All rows in one step: the same gradient, whether each has a sequence of its own or shares one."""
+    alone = first_gradient(run, "--max_grad_norm 0", batch(42, 1), out="alone")
+    packed = first_gradient(run, "--max_grad_norm 0 --packing --max_length 64", batch(8, 2), out="packed")
+    assert "1 x 42 rows" in (printed := capsys.readouterr().out) and "2 x 8 packs of 64 tokens" in printed
+    assert norm({name: packed[name] - alone[name] for name in alone}) < 1e-5 * norm(alone)
 
 
 def test_checkpoints_rotate(run):
@@ -518,7 +537,7 @@ def test_loss_is_that_of_the_transformers_trainer(run, base, rows_file, tmp_path
     tokenizer = train.load_tokenizer(base)
     rows = tokenize_rows(read_rows(rows_file, "train[:40]"), tokenizer)
     order = StepOrder(rows.lengths, 8, seed=42)
-    examples = [rows[index] for step in range(50) for index in order.rows(step)]
+    examples = [rows[index] for step in range(50) for (index,) in order.packs(step)]
     model = load_base(base, torch.float32, torch.device("cpu"))
     set_seed(42)
     model = get_peft_model(

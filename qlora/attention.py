@@ -1,0 +1,100 @@
+"""Attention that keeps packed rows apart: variable-length on CUDA, else SDPA's mask from the positions."""
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+VARLEN = "qlora_varlen"
+
+
+def choose_attention(model, autocast) -> str | None:
+    """Set the fastest attention that keeps packed rows apart; returns its name, or None if there is none.
+
+    Tried on the model rather than looked up: packed rows must have the hidden states that they have alone,
+    and must not change by one bit when a neighbour changes. `autocast` makes the context to run in.
+    """
+    causal_lm = model.get_base_model()
+    usual = causal_lm.config._attn_implementation
+    choices = [VARLEN] if varlen_attn is not None and model.device.type == "cuda" else []
+    for choice in [*choices, usual]:
+        try:
+            causal_lm.set_attn_implementation(choice)
+            if rows_are_apart(causal_lm, autocast):
+                return choice
+        except (ValueError, RuntimeError, TypeError):  # an architecture that does not take it
+            pass
+    causal_lm.set_attn_implementation(usual)
+    return None
+
+
+@torch.no_grad()
+def rows_are_apart(causal_lm, autocast) -> bool:
+    """Whether two packed rows are as alone (to 2%: 16 bits), and the second ignores the first's tokens."""
+    first, other, second = torch.arange(18, device=causal_lm.device).split([5, 5, 8])
+    was_training = causal_lm.training
+    causal_lm.eval()
+
+    def hidden(*rows: torch.Tensor) -> torch.Tensor:
+        positions = torch.cat([torch.arange(len(row), device=row.device) for row in rows])
+        starts = torch.tensor([0, *torch.tensor([len(row) for row in rows]).cumsum(0)], dtype=torch.int32)
+        inputs = {"position_ids": positions[None], "seq_starts": starts.to(positions.device)}
+        inputs["input_ids"] = torch.cat(rows)[None]
+        with autocast():
+            return causal_lm.get_decoder()(**attention_inputs(inputs), use_cache=False).last_hidden_state[0]
+
+    packed, changed = hidden(first, second), hidden(other, second)
+    with autocast():
+        alone = [
+            causal_lm.get_decoder()(row[None], use_cache=False).last_hidden_state[0]
+            for row in (first, second)
+        ]
+    causal_lm.train(was_training)
+    alone = torch.cat(alone).float()
+    is_same = (packed.float() - alone).norm() < 0.02 * alone.norm()
+    return bool(is_same) and torch.equal(packed[len(first) :], changed[len(first) :])
+
+
+def attention_inputs(batch: dict[str, torch.Tensor]) -> dict:
+    """What of a batch goes into the model's forward: transformers' names for packed rows."""
+    inputs = {"input_ids": batch["input_ids"]}
+    if "position_ids" in batch:
+        length = batch["input_ids"].shape[1]
+        inputs["position_ids"] = batch["position_ids"]
+        inputs |= {"cu_seq_lens_q": batch["seq_starts"], "cu_seq_lens_k": batch["seq_starts"]}
+        inputs |= {"max_length_q": length, "max_length_k": length}
+    return inputs
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+    """transformers' attention function over (batch, heads, length, head_dim) by torch's varlen_attn.
+
+    `cu_seq_lens_q` are the flat positions at which rows start. Without them (padded batches, generation) it
+    is SDPA.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    batch, _, length, _ = query.shape
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (
+        states.transpose(1, 2).flatten(0, 1)
+        for states in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+    )
+    mixed = varlen_attn(
+        query, key, value, cu_seq_lens_q, cu_seq_lens_q, length, length, scale=scaling, window_size=(-1, 0)
+    )
+    return mixed.unflatten(0, (batch, length)), None
+
+
+def varlen_mask(*arguments, attention_mask=None, **kwargs):
+    """No mask where none is given: rows are kept apart by their starts, and causality is built in."""
+    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, varlen_mask)

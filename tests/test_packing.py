@@ -1,0 +1,111 @@
+"""Packed rows: dense, whole, and to the model exactly what they are alone."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from qlora.attention import choose_attention
+from qlora.data import collate
+from qlora.loss import has_plain_head, next_token_loss
+from qlora.packing import pack_rows
+from tests.test_loss import MODELS
+
+OFF = torch.no_grad  # a context that changes nothing here: rows_are_apart wants one to run in
+
+
+def real_lengths(number: int) -> np.ndarray:
+    """Lengths as instruction data has them: mean 170, a tail up to 512."""
+    return np.random.default_rng(0).lognormal(4.9, 0.7, number).clip(12, 512).astype(int)
+
+
+@pytest.mark.parametrize("number", [1, 7, 5000, 25_000])
+def test_packs_hold_every_row_once_and_none_is_too_full(number):
+    lengths = real_lengths(number)
+    order = np.random.default_rng(1).permutation(number)
+    packs = pack_rows(order, lengths, 512, np.random.default_rng(2))
+    assert sorted(row for pack in packs for row in pack) == list(range(number))
+    assert max(int(lengths[pack].sum()) for pack in packs) <= 512
+    if number >= 5000:
+        assert lengths.sum() / (len(packs) * 512) > 0.98
+
+
+def test_packs_that_fit_exactly_are_found():
+    lengths = np.array([6, 4, 7, 3, 5, 5, 1])
+    packs = pack_rows(np.arange(7), lengths, 10, np.random.default_rng(0))
+    assert sorted(sorted(lengths[pack].tolist()) for pack in packs) == [[1], [3, 7], [4, 6], [5, 5]]
+
+
+def test_a_row_longer_than_a_pack_is_an_error():
+    with pytest.raises(ValueError, match="a row of 11 tokens does not fit a pack of 10"):
+        pack_rows(np.arange(2), np.array([3, 11]), 10, np.random.default_rng(0))
+
+
+def test_positions_start_again_with_every_row_and_with_the_padding():
+    rows = [(torch.arange(3, 3 + length), torch.arange(3, 3 + length)) for length in (3, 2, 6)]
+    batch = collate([[rows[0], rows[1]], [rows[2]]], pad_id=0, pack_length=7)  # padded to 8
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 3, 4, 0, 0, 0], [3, 4, 5, 6, 7, 8, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]]
+    assert batch["seq_starts"].tolist() == [0, 3, 5, 8, 14, 16, 16, 16]
+    full = collate([[(torch.ones(8), torch.ones(8))]], pad_id=0, pack_length=8)
+    assert full["seq_starts"].tolist() == [0, 8] and full["position_ids"].tolist() == [list(range(8))]
+
+
+def rows_of_ids():
+    generator = torch.Generator().manual_seed(0)
+    for length in (30, 17, 24, 9, 40):
+        ids = torch.randint(3, 128, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: length // 3 + 1] = -100
+        yield ids, labels
+
+
+def lora(config):
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    return get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(name):
+    model = lora(MODELS[name][0])
+    assert choose_attention(model, OFF) is not None
+    plain_head = has_plain_head(model)
+
+    def loss_and_gradient(batch):
+        model.zero_grad()
+        loss = next_token_loss(model, batch, plain_head)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    rows = list(rows_of_ids())
+    want_loss, want = loss_and_gradient(collate([[row] for row in rows], pad_id=0))
+    got_loss, got = loss_and_gradient(collate([rows[:2], rows[2:]], pad_id=0, pack_length=80))
+    assert got_loss == pytest.approx(want_loss, rel=1e-5)
+    assert (got - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_changed_token_of_one_row_leaves_the_others_bit_identical(name):
+    model = lora(MODELS[name][0]).eval()
+    rows = list(rows_of_ids())
+    changed = [(row[0].clone(), row[1]) for row in rows]
+    changed[1][0][4] += 1
+    hidden = []
+    for pack in (rows, changed):
+        batch = collate([pack], pad_id=0, pack_length=128)
+        decoder = model.get_base_model().get_decoder()
+        with torch.no_grad():
+            output = decoder(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        hidden.append(output.last_hidden_state[0].split([30, 17, 24, 9, 40, 8]))
+    same = [torch.equal(left, right) for left, right in zip(*hidden)]
+    assert same == [True, False, True, True, True, True]
+
+
+def test_a_model_that_cannot_keep_rows_apart_is_not_packed():
+    """A recurrent one: its state runs on from row to row."""
+    config = transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8)
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    assert choose_attention(get_peft_model(base, LoraConfig(target_modules=["in_proj"])), OFF) is None
