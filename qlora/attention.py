@@ -11,6 +11,9 @@ except ImportError:  # torch before 2.10
     varlen_attn = None
 
 VARLEN = "qlora_varlen"
+# Of the hidden states' norm. On a 4-bit model of Llama-2-7B's shape bfloat16 alone makes 0.03 to 0.04,
+# wrong positions make 1.3.
+TOLERANCE = 0.1
 
 
 def choose_attention(model, autocast) -> str | None:
@@ -35,7 +38,7 @@ def choose_attention(model, autocast) -> str | None:
 
 @torch.no_grad()
 def rows_are_apart(causal_lm, autocast) -> bool:
-    """Whether two packed rows are as alone (to 2%: 16 bits), and the second ignores the first's tokens."""
+    """Whether two packed rows are as alone, and the second ignores the first's tokens to the last bit."""
     first, other, second = torch.arange(18, device=causal_lm.device).split([5, 5, 8])
     was_training = causal_lm.training
     causal_lm.eval()
@@ -56,7 +59,7 @@ def rows_are_apart(causal_lm, autocast) -> bool:
         ]
     causal_lm.train(was_training)
     alone = torch.cat(alone).float()
-    is_same = (packed.float() - alone).norm() < 0.02 * alone.norm()
+    is_same = (packed.float() - alone).norm() < TOLERANCE * alone.norm()
     return bool(is_same) and torch.equal(packed[len(first) :], changed[len(first) :])
 
 

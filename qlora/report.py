@@ -87,6 +87,7 @@ def describe_rows(rows: TokenizedRows, batch_size: int, seed: int) -> dict:
             name: int(np.percentile(whole, p, method="inverted_cdf")) for name, p in PERCENTILES.items()
         },
         "histogram": {"edges": edges.round().astype(int).tolist(), "rows": counts.tolist()},
+        "rows_truncated": int(is_cut.sum()) + len(rows.lost_lengths),
         "answers_cut": int(is_cut.sum()),
         "answers_lost": len(rows.lost_lengths),
         "tokens_lost": int(whole.sum()) - tokens,

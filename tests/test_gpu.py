@@ -1,12 +1,18 @@
 """What only a CUDA device shows: run with `make test-gpu`."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from qlora.adapter import ADAPTER
+from qlora.attention import VARLEN, attention_inputs, choose_attention
+from qlora.data import collate, to_device
+from qlora.loss import next_token_loss
 from qlora.optim import build_optimizer, optimizer_tensors, restore_optimizer
 
 pytestmark = pytest.mark.gpu
@@ -35,8 +41,11 @@ def test_evaluation_in_the_middle_changes_nothing(run, rows_file, dtype):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_resume_equals_an_uninterrupted_run(run):
-    flags = "--max_steps 6 --save_steps 3 --lora_dropout 0.1 --lora_r 64 --dtype float16 --save_total_limit 0"
+@pytest.mark.parametrize("flags", ["", "--packing --max_length 64"])
+def test_resume_equals_an_uninterrupted_run(run, flags):
+    flags += (
+        " --max_steps 6 --save_steps 3 --lora_dropout 0.1 --lora_r 64 --dtype float16 --save_total_limit 0"
+    )
     _, folder = run(flags)
     want = load_file(folder / ADAPTER)
     run(flags, "--resume_from_checkpoint", str(folder / "checkpoint-3"))
@@ -71,3 +80,56 @@ def test_restored_optimizer_state_continues_bit_by_bit_and_stays_paged(name):
     if name.startswith("paged"):  # 160,000 elements: enough for bitsandbytes to page
         assert states["state1"].is_paged and states["state2"].is_paged
     assert torch.equal(stepped(parameter, optimizer, gradients[2:]), want)
+
+
+ROWS = [torch.arange(3, 3 + length) % 128 for length in (40, 17, 64, 9, 30)]
+
+
+def packed_model(dtype):
+    """A Llama of two layers with LoRA in `dtype`, the attention chosen for it, and its autocast."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(config).to("cuda", dtype)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    autocast = partial(torch.autocast, "cuda", dtype=dtype, enabled=dtype != torch.float32)
+    return model, choose_attention(model, autocast), autocast
+
+
+def on_card(packs, pack_length=None):
+    labelled = [[(row, torch.cat([torch.tensor([-100]), row[1:]])) for row in pack] for pack in packs]
+    batch = collate(labelled, pad_id=0, pack_length=pack_length)
+    return to_device(batch, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(dtype):
+    model, attention, autocast = packed_model(dtype)
+    assert attention == (VARLEN if dtype != torch.float32 else "sdpa")
+    results = []
+    for batch in (on_card([[row] for row in ROWS]), on_card([ROWS[:2], ROWS[2:]], pack_length=128)):
+        model.zero_grad()
+        with autocast():
+            loss = next_token_loss(model, batch, plain_head=True)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        results.append((loss.item(), gradient))
+    (want_loss, want), (got_loss, got) = results
+    bound = 1e-2 if dtype != torch.float32 else 1e-4
+    assert got_loss == pytest.approx(want_loss, rel=bound)
+    assert (got - want).norm() < bound * want.norm()
+
+
+def test_a_changed_token_of_one_row_leaves_the_others_bit_identical():
+    model, _, autocast = packed_model(torch.bfloat16)
+    changed = [row.clone() for row in ROWS]
+    changed[2][5] += 1
+    hidden = []
+    for pack in (ROWS, changed):
+        with torch.no_grad(), autocast():
+            inputs = attention_inputs(on_card([pack], pack_length=192))
+            output = model.get_base_model().get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
+        hidden.append(output.split([40, 17, 64, 9, 30, 32]))
+    assert [torch.equal(*pair) for pair in zip(*hidden)] == [True, True, False, True, True, True]

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from qlora.errors import InputError
-from qlora.rows import read_rows
+from qlora.rows import RowSource, read_rows
 from qlora.tokens import tokenize_rows
 
 ROWS = [
@@ -304,3 +304,16 @@ def test_a_split_that_cannot_be_read_is_an_error(tmp_path, split):
     make_folder(tmp_path, train="a")
     with pytest.raises(InputError, match="cannot read the split"):
         read(tmp_path, split)
+
+
+def test_a_hub_data_set_can_be_streamed(monkeypatch):
+    calls = []
+
+    def load_dataset(*arguments, **options):
+        calls.append((arguments, options))
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = list(RowSource("someone/data", "train", "configuration", streaming=True))
+    assert [row for _, row in rows] == ROWS and rows[1][0] == "someone/data row 2"
+    assert calls == [(("someone/data", "configuration"), {"split": "train", "streaming": True})]
