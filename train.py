@@ -28,9 +28,10 @@ from qlora.checkpoint import (
     save_checkpoint,
 )
 from qlora.config import TrainConfig, parse_args
-from qlora.data import WINDOW_ROWS, StepLoader, StepOrder, check_vocabulary, load_data, to_device
+from qlora.data import WINDOW_ROWS, load_data, to_device
 from qlora.errors import InputError
 from qlora.evaluate import evaluate_loss
+from qlora.loader import make_loader
 from qlora.log import RunLog, Wandb, start_screen
 from qlora.loss import has_plain_head, next_token_loss
 from qlora.model import (
@@ -44,9 +45,6 @@ from qlora.model import (
 )
 from qlora.optim import build_optimizer, lr_at
 from qlora.report import data_report, report_data, short_report
-from qlora.rows import LocatedRow, RowSource
-from qlora.stream import Place, StreamLoader
-from qlora.tokens import TokenizedRows, tokenize_rows
 
 
 def train(config: TrainConfig):
@@ -188,41 +186,6 @@ def check_output_dir(output_dir: Path, config: TrainConfig, checkpoint: Path | N
             pass
     except OSError as error:
         raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
-
-
-def make_loader(
-    config: TrainConfig,
-    tokenizer,
-    model_config,
-    rows: TokenizedRows,
-    pack_length: int | None,
-    place: dict | None,
-) -> tuple[StepLoader, int]:
-    """What gives each step its batches, and the number of steps."""
-    batch_size, pad_id = config.per_device_train_batch_size, tokenizer.eos_token_id
-    packs_per_step = batch_size * config.gradient_accumulation_steps
-    order = partial(
-        StepOrder,
-        packs_per_step=packs_per_step,
-        group_by_length=config.group_by_length,
-        pack_length=pack_length,
-    )
-    if not config.streaming:
-        order = order(rows.lengths, seed=config.seed, sources=rows.sources, weights=config.dataset_weights)
-        total_steps = config.max_steps if config.max_steps > 0 else order.steps_until(config.num_train_epochs)
-        return StepLoader(rows, order, batch_size, pad_id, total_steps), total_steps
-
-    def tokenize(window: list[LocatedRow]) -> TokenizedRows:
-        found = tokenize_rows(
-            window, tokenizer, rows.row_format, config.dataset_text_field, config.completion_only_loss
-        ).cut(rows.max_length)
-        check_vocabulary(found, model_config.vocab_size)
-        return found
-
-    source = RowSource(config.dataset[0], config.split, config.dataset_config, streaming=True)
-    place = Place(**(place or {}))
-    loader = StreamLoader(source, tokenize, order, config.seed, batch_size, pad_id, config.max_steps, place)
-    return loader, config.max_steps
 
 
 def describe_run(config, model, loader, total_steps, checkpoint, replaced) -> str:

@@ -2,8 +2,7 @@
 
 import math
 from bisect import bisect_right
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -199,43 +198,6 @@ class StepOrder:
             generator.shuffle(full)
             order = np.concatenate([*full, last])
         return order[:, None].tolist()
-
-
-@dataclass
-class Step:
-    """What one optimizer step trains on."""
-
-    batches: list[dict]  # collate()'s, in page-locked memory where there is a card
-    tokens: int  # without padding
-    epochs: float  # done when the step is
-    place: dict | None = None  # with --streaming: a Place of qlora/stream.py
-
-
-class StepLoader:
-    """Makes the batches of the next step in a thread while the current one is computed."""
-
-    def __init__(self, rows: TokenizedRows, order: StepOrder, batch_size: int, pad_id: int, last_step: int):
-        self.rows, self.order, self.batch_size, self.pad_id = rows, order, batch_size, pad_id
-        self.last_step = last_step
-        self.thread = ThreadPoolExecutor(1)
-        self.next = (None, None)  # its number, and the Step to come
-
-    def step(self, step: int) -> Step:
-        number, coming = self.next
-        if number != step:
-            coming = self.thread.submit(self.make, step)
-        if step + 1 < self.last_step:
-            self.next = step + 1, self.thread.submit(self.make, step + 1)
-        return coming.result()
-
-    def make(self, step: int) -> Step:
-        """The batches of a step."""
-        packs = self.order.packs(step)
-        batches = micro_batches(self.rows, packs, self.batch_size, self.pad_id, self.order.pack_length)
-        if torch.cuda.is_available():
-            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
-        tokens = sum(int(self.order.lengths[pack].sum()) for pack in packs)
-        return Step(batches, tokens, self.order.epochs_at(step + 1))
 
 
 def micro_batches(

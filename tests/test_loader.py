@@ -6,10 +6,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
+import qlora.loader
 import train
 from qlora.adapter import ADAPTER
 from qlora.checkpoint import STATE, STATE_TENSORS
-from qlora.data import StepLoader
+from qlora.loader import StepLoader
 from tests.conftest import ROWS
 from tests.test_train import assert_same, metrics
 
@@ -18,7 +19,7 @@ FLAGS = "--streaming --lora_dropout 0.1 --per_device_train_batch_size 2 --gradie
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    for module in ("data", "stream"):
+    for module in ("data", "loader"):
         monkeypatch.setattr(f"qlora.{module}.WINDOW_ROWS", 18)  # 42 rows: 18, 18, 6
 
 
@@ -63,9 +64,9 @@ def test_a_resume_does_not_tokenize_what_was_seen(run, monkeypatch):
     _, folder = run(flags)
     place = json.loads((folder / "checkpoint-11" / STATE).read_text())["progress"]["place"]
     assert place == {"turn": 0, "row": 36, "first_step": 10}
-    windows, tokenize = [], train.tokenize_rows
+    windows, tokenize = [], qlora.loader.tokenize_rows
     monkeypatch.setattr(
-        train, "tokenize_rows", lambda rows, *rest: windows.append(rows[0][0]) or tokenize(rows, *rest)
+        qlora.loader, "tokenize_rows", lambda rows, *rest: windows.append(rows[0][0]) or tokenize(rows, *rest)
     )
     run(flags, "--resume_from_checkpoint", str(folder / "checkpoint-11"))
     assert windows[0].endswith("line 37")

@@ -1,0 +1,141 @@
+"""What gives each optimizer step its batches: from prepared rows, or from a stream, window by window."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+
+from qlora.data import WINDOW_ROWS, StepOrder, check_vocabulary, micro_batches
+from qlora.errors import InputError
+from qlora.rows import LocatedRow, RowSource
+from qlora.tokens import TokenizedRows, tokenize_rows
+
+
+@dataclass
+class Step:
+    """What one optimizer step trains on."""
+
+    batches: list[dict]  # collate()'s, in page-locked memory where there is a card
+    tokens: int  # without padding
+    epochs: float  # done when the step is
+    place: dict | None = None  # with --streaming: a Place
+
+
+class StepLoader:
+    """Makes the batches of the next step in a thread while the current one is computed."""
+
+    def __init__(self, rows: TokenizedRows, order: StepOrder, batch_size: int, pad_id: int, last_step: int):
+        self.rows, self.order, self.batch_size, self.pad_id = rows, order, batch_size, pad_id
+        self.last_step = last_step
+        self.thread = ThreadPoolExecutor(1)
+        self.next = (None, None)  # its number, and the Step to come
+
+    def step(self, step: int) -> Step:
+        number, coming = self.next
+        if number != step:
+            coming = self.thread.submit(self.make, step)
+        if step + 1 < self.last_step:
+            self.next = step + 1, self.thread.submit(self.make, step + 1)
+        return coming.result()
+
+    def make(self, step: int) -> Step:
+        """The batches of a step."""
+        packs = self.order.packs(step)
+        batches = micro_batches(self.rows, packs, self.batch_size, self.pad_id, self.order.pack_length)
+        if torch.cuda.is_available():
+            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+        tokens = sum(int(self.order.lengths[pack].sum()) for pack in packs)
+        return Step(batches, tokens, self.order.epochs_at(step + 1))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a window starts; a checkpoint keeps it, and a resume reads on from there."""
+
+    turn: int = 0  # passes over the data before
+    row: int = 0  # rows of this pass before
+    first_step: int = 0  # the optimizer step that takes its first packs
+
+
+class StreamLoader(StepLoader):
+    """Steps from one window of rows after the other, pass after pass over `source`.
+
+    Each window is a small epoch: shuffled, packed and cut into steps by itself, so that a step is a function
+    of seed and Place. The next window is read and tokenized by a second thread. `tokenize` makes rows ready
+    for training, `order` makes the StepOrder of (lengths, seed=...).
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        tokenize: Callable[[list[LocatedRow]], TokenizedRows],
+        order: Callable[..., StepOrder],
+        seed: int,
+        batch_size: int,
+        pad_id: int,
+        last_step: int,
+        place: Place,
+    ):
+        super().__init__(None, None, batch_size, pad_id, last_step)
+        self.source, self.tokenize, self.make_order, self.seed = source, tokenize, order, seed
+        self.windows = self._windows(place.turn, place.row)
+        self.reader = ThreadPoolExecutor(1)
+        self.coming = self.reader.submit(next, self.windows)
+        self._open_next(place.first_step)
+
+    def make(self, step: int) -> Step:
+        """The batches of a step; the steps must come in order."""
+        while step - self.place.first_step >= self.order.steps_in(0):
+            self._open_next(self.place.first_step + self.order.steps_in(0))
+        made = super().make(step - self.place.first_step)
+        made.epochs, made.place = float(self.place.turn), asdict(self.place)
+        return made
+
+    def _open_next(self, first_step: int) -> None:
+        self.rows, turn, row = self.coming.result()
+        self.coming = self.reader.submit(next, self.windows)
+        self.place = Place(turn, row, first_step)
+        self.order = self.make_order(self.rows.lengths, seed=(self.seed, turn, row))
+
+    def _windows(self, turn: int, row: int) -> Iterator[tuple[TokenizedRows, int, int]]:
+        """(rows, turn, row) of each window that has a usable row, from there on without end."""
+        while True:
+            reading, was_used = islice(iter(self.source), row, None), row > 0
+            while window := list(islice(reading, WINDOW_ROWS)):
+                rows = self.tokenize(window)
+                if len(rows):
+                    was_used = True
+                    yield rows, turn, row
+                row += len(window)
+            if not was_used:
+                raise InputError(f"no row of {self.source} can be used")
+            turn, row = turn + 1, 0
+
+
+def make_loader(
+    config, tokenizer, model_config, rows: TokenizedRows, pack_length: int | None, place: dict | None
+) -> tuple[StepLoader, int]:
+    """The loader for a TrainConfig, and the number of steps; `place` is the one of the checkpoint, if any."""
+    batch_size, pad_id = config.per_device_train_batch_size, tokenizer.eos_token_id
+    packs = batch_size * config.gradient_accumulation_steps
+    grouped = config.group_by_length
+    order = partial(StepOrder, packs_per_step=packs, group_by_length=grouped, pack_length=pack_length)
+    if not config.streaming:
+        order = order(rows.lengths, seed=config.seed, sources=rows.sources, weights=config.dataset_weights)
+        total_steps = config.max_steps if config.max_steps > 0 else order.steps_until(config.num_train_epochs)
+        return StepLoader(rows, order, batch_size, pad_id, total_steps), total_steps
+
+    def tokenize(window: list[LocatedRow]) -> TokenizedRows:
+        found = tokenize_rows(
+            window, tokenizer, rows.row_format, config.dataset_text_field, config.completion_only_loss
+        ).cut(rows.max_length)
+        check_vocabulary(found, model_config.vocab_size)
+        return found
+
+    source = RowSource(config.dataset[0], config.split, config.dataset_config, streaming=True)
+    place = Place(**(place or {}))
+    loader = StreamLoader(source, tokenize, order, config.seed, batch_size, pad_id, config.max_steps, place)
+    return loader, config.max_steps
