@@ -147,7 +147,8 @@ def encode(segments: list[Segment], adds_bos: bool, tokenizer) -> tuple[list[int
     never depend on what follows it: a prompt has the same ids with and without its answer, so generation
     starts from exactly what was trained. Labels are the ids, IGNORE_INDEX where not trained.
     """
-    input_ids, labels, before, spaces = [], [], "", ""
+    input_ids, labels, spaces = [], [], ""
+    before, before_ids = "", None  # the text of the last segment, and its ids alone where they are known
     (first, is_first_trained), *others = segments
     while tokenizer.bos_token and first.lstrip().startswith(tokenizer.bos_token):
         first, adds_bos = first.lstrip().removeprefix(tokenizer.bos_token), True
@@ -159,10 +160,11 @@ def encode(segments: list[Segment], adds_bos: bool, tokenizer) -> tuple[list[int
         # Tokenizers join a space with the word behind it, so a prompt's last spaces belong to the answer.
         spaces = "" if trained else text[len(text.rstrip(" ")) :]
         text = text.removesuffix(spaces)
-        ids = _continuation_ids(before, text, tokenizer)
+        ids = _continuation_ids(before, before_ids, text, tokenizer)
         input_ids += ids
         labels += ids if trained else [IGNORE_INDEX] * len(ids)
-        before = text or before
+        if text:
+            before, before_ids = text, None if before else ids
     return input_ids, labels
 
 
@@ -177,15 +179,15 @@ def starts_with_bos(row_format: str, tokenizer) -> bool:
     return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def _continuation_ids(before: str, text: str, tokenizer) -> list[int]:
+def _continuation_ids(before: str, before_ids: list[int] | None, text: str, tokenizer) -> list[int]:
     """Ids of `text` where it follows `before`, whose own ids stay as they are.
 
     Tokenized alone, text may start differently from text in its place: Llama 2's tokenizer puts a space in
     front. Where text in its place would share a token with what is before, it is tokenized as if on a new
     line.
     """
-    for context in (before, "\n") if before else ():
-        context_ids = _ids(context, tokenizer)
+    for context, context_ids in ((before, before_ids), ("\n", None)) if before else ():
+        context_ids = context_ids or _ids(context, tokenizer)
         joined_ids = _ids(context + text, tokenizer)
         if joined_ids[: len(context_ids)] == context_ids:
             return joined_ids[len(context_ids) :]
