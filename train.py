@@ -63,10 +63,11 @@ def train(config: TrainConfig):
     pad_id = tokenizer.eos_token_id  # padding is told apart by position, never by its id, so any id serves
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
     train_rows, validation_rows = load_data(config, tokenizer, model_config)
-    report = data_report(train_rows, validation_rows, config.per_device_train_batch_size, config.seed)
+    batch = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    report = data_report(train_rows, validation_rows, *batch, config.seed)
     print(
         start_screen(
-            data=f"{' + '.join(config.dataset)}: {train_rows.describe()}",
+            data=f"{' + '.join(config.dataset)}: {'first ' * config.streaming}{train_rows.describe()}",
             validation=validation_rows.describe() if validation_rows else "none",
             **short_report(report),
         )
@@ -95,11 +96,17 @@ def train(config: TrainConfig):
     loader, total_steps = make_loader(
         config, tokenizer, model_config, train_rows, pack_length, progress.place
     )
-    warmup_steps = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    warmup_steps = config.warmup_steps or min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
     first_step = progress.step
     replaced = later_checkpoints(output_dir, first_step)
     if first_step > total_steps or (first_step == total_steps and replaced):
         raise InputError(f"{checkpoint} is at step {first_step}, and this run has only {total_steps} steps")
+
+    for name, value in loader.settings().items():
+        if progress.order.get(name, value) != value:
+            was = progress.order[name]
+            raise InputError(f"{checkpoint} had other rows in its steps: {name} was {was}, now it is {value}")
+    progress.order = loader.settings()
 
     evaluate = partial(
         evaluate_loss, model, validation_rows, config.per_device_eval_batch_size, pad_id, autocast, plain_head

@@ -19,29 +19,44 @@ TOLERANCE = 0.1
 def choose_attention(model, autocast) -> str | None:
     """Set the fastest attention that keeps packed rows apart; returns its name, or None if there is none.
 
-    Tried on the model rather than looked up: packed rows must have the hidden states that they have alone,
-    and must not change by one bit when a neighbour changes. `autocast` makes the context to run in.
+    Tried on the model rather than looked up: packed rows must have the hidden states that they have alone
+    with the model's own attention, and must not change by one bit when a neighbour changes. `autocast` makes
+    the context to run in.
     """
     causal_lm = model.get_base_model()
     usual = causal_lm.config._attn_implementation
-    choices = [VARLEN] if varlen_attn is not None and model.device.type == "cuda" else []
-    for choice in [*choices, usual]:
-        try:
-            causal_lm.set_attn_implementation(choice)
-            if rows_are_apart(causal_lm, autocast):
-                return choice
-        except (ValueError, RuntimeError, TypeError):  # an architecture that does not take it
-            pass
-    causal_lm.set_attn_implementation(usual)
-    return None
+    choices = [usual]
+    if (
+        varlen_attn is not None
+        and model.device.type == "cuda"
+        and not _has_attention_dropout(causal_lm.config)
+    ):
+        choices = [VARLEN, usual]
+    was_training = causal_lm.training
+    causal_lm.eval()
+    try:
+        for choice in choices:
+            try:
+                if rows_are_apart(causal_lm, choice, usual, autocast):
+                    return choice
+            except (ValueError, RuntimeError, TypeError):  # a card or an architecture that does not take it
+                pass
+        causal_lm.set_attn_implementation(usual)
+        return None
+    finally:
+        causal_lm.train(was_training)
+
+
+def _has_attention_dropout(config) -> bool:
+    """varlen_attn drops nothing out."""
+    return any(value for name, value in config.to_dict().items() if "att" in name and "drop" in name)
 
 
 @torch.no_grad()
-def rows_are_apart(causal_lm, autocast) -> bool:
-    """Whether two packed rows are as alone, and the second ignores the first's tokens to the last bit."""
+def rows_are_apart(causal_lm, choice: str, usual: str, autocast) -> bool:
+    """Whether two packed rows are with attention `choice` what each is alone with the `usual` one, and the
+    second ignores the first's tokens to the last bit."""
     first, other, second = torch.arange(18, device=causal_lm.device).split([5, 5, 8])
-    was_training = causal_lm.training
-    causal_lm.eval()
 
     def hidden(*rows: torch.Tensor) -> torch.Tensor:
         positions = torch.cat([torch.arange(len(row), device=row.device) for row in rows])
@@ -51,14 +66,15 @@ def rows_are_apart(causal_lm, autocast) -> bool:
         with autocast():
             return causal_lm.get_decoder()(**attention_inputs(inputs), use_cache=False).last_hidden_state[0]
 
-    packed, changed = hidden(first, second), hidden(other, second)
+    causal_lm.set_attn_implementation(usual)
     with autocast():
         alone = [
             causal_lm.get_decoder()(row[None], use_cache=False).last_hidden_state[0]
             for row in (first, second)
         ]
-    causal_lm.train(was_training)
     alone = torch.cat(alone).float()
+    causal_lm.set_attn_implementation(choice)
+    packed, changed = hidden(first, second), hidden(other, second)
     is_same = (packed.float() - alone).norm() < TOLERANCE * alone.norm()
     return bool(is_same) and torch.equal(packed[len(first) :], changed[len(first) :])
 
@@ -78,8 +94,10 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu
     """transformers' attention function over (batch, heads, length, head_dim) by torch's varlen_attn.
 
     `cu_seq_lens_q` are the flat positions at which rows start. Without them (padded batches, generation) it
-    is SDPA.
+    is SDPA. Raises ValueError for what varlen_attn does not know, before which choose_attention draws back.
     """
+    if any(kwargs.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
+        raise ValueError("attention with more than a causal mask")
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     batch, _, length, _ = query.shape

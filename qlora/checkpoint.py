@@ -5,7 +5,7 @@ import os
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ class Progress:
     """How far a run is, and the sums that its next log line averages. Stored whole in a checkpoint."""
 
     step: int = 0  # optimizer steps done; with the seed, this alone says which rows come next ...
+    order: dict = field(default_factory=dict)  # the settings under which that holds
     place: dict | None = None  # ... but with --streaming, where the Place of the last step is needed too
     tokens_seen: int = 0  # without padding
     skipped_steps: int = 0  # steps that were not taken because their loss or gradient was not finite

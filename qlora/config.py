@@ -168,8 +168,7 @@ class TrainConfig:
     )
     warmup_ratio: float = flag(
         0.03,
-        "Share of the steps in which the rate climbs to its peak, as in QLoRA. It starts at 0: a run of one "
-        "step learns only with 0 here.",
+        "Share of the steps in which the rate climbs from 0 to its peak, as in QLoRA; never the last step.",
     )
     warmup_steps: int = flag(0, "Warm-up in steps; wins over --warmup_ratio when above 0.")
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = flag(

@@ -62,6 +62,9 @@ def load_data(config, tokenizer, model_config) -> tuple[TokenizedRows, Tokenized
             sources = [RowSource(config.validation_dataset, config.validation_split or "train")]
         row_format = train_rows.row_format if len(sources) == 1 else config.dataset_format
         validation_rows = cut(mix([tokenize(source, row_format) for source in sources]))
+    for number, dataset in enumerate(config.dataset):
+        if config.dataset_weights and number not in train_rows.sources:
+            raise InputError(f"--dataset_weights: no row of {dataset} is left to train on")
     return train_rows, validation_rows
 
 
@@ -139,6 +142,18 @@ class StepOrder:
             packs = sorted(packs, key=lambda pack: -self.lengths[pack[0]])
         return packs
 
+    def settings(self) -> dict:
+        """What decides which rows a step takes, besides the rows themselves."""
+        return {
+            "rows": len(self.lengths),
+            "tokens": int(self.lengths.sum()),
+            "sequences a step": self.packs_per_step,
+            "tokens a pack": self.pack_length,
+            "seed": self.seed[0],
+            "group_by_length": self.group_by_length,
+            "weights": self.weights,
+        }
+
     def epoch_of(self, step: int) -> int:
         while self._starts[-1] <= step:
             self._starts.append(self._starts[-1] + self.steps_in(len(self._starts) - 1))
@@ -154,7 +169,9 @@ class StepOrder:
     def steps_until(self, epochs: float) -> int:
         """Steps of that many epochs; a part of an epoch is rounded up to whole steps."""
         whole = int(epochs)
-        return sum(map(self.steps_in, range(whole))) + math.ceil((epochs - whole) * self.steps_in(whole))
+        return sum(map(self.steps_in, range(whole))) + math.ceil(
+            (epochs - whole) * self.steps_in(whole) - 1e-9
+        )
 
     def steps_in(self, epoch: int) -> int:
         """Steps of the epoch of this number (from 0)."""

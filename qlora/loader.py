@@ -1,17 +1,19 @@
 """What gives each optimizer step its batches: from prepared rows, or from a stream, window by window."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from threading import Thread
 
 import torch
+from tqdm import tqdm
 
 from qlora.data import WINDOW_ROWS, StepOrder, check_vocabulary, micro_batches
 from qlora.errors import InputError
 from qlora.rows import LocatedRow, RowSource
-from qlora.tokens import TokenizedRows, tokenize_rows
+from qlora.tokens import TokenizedRows, tokenize_window
 
 
 @dataclass
@@ -30,16 +32,20 @@ class StepLoader:
     def __init__(self, rows: TokenizedRows, order: StepOrder, batch_size: int, pad_id: int, last_step: int):
         self.rows, self.order, self.batch_size, self.pad_id = rows, order, batch_size, pad_id
         self.last_step = last_step
-        self.thread = ThreadPoolExecutor(1)
         self.next = (None, None)  # its number, and the Step to come
+
+    def settings(self) -> dict:
+        """What a resume must find as it was: with it, the step says which rows come."""
+        return {"streaming": False, **self.order.settings()}
 
     def step(self, step: int) -> Step:
         number, coming = self.next
         if number != step:
-            coming = self.thread.submit(self.make, step)
+            coming = in_background(self.make, step)
+        made = coming.result()  # before the next is begun: make() runs once at a time
         if step + 1 < self.last_step:
-            self.next = step + 1, self.thread.submit(self.make, step + 1)
-        return coming.result()
+            self.next = step + 1, in_background(self.make, step + 1)
+        return made
 
     def make(self, step: int) -> Step:
         """The batches of a step."""
@@ -82,9 +88,11 @@ class StreamLoader(StepLoader):
         super().__init__(None, None, batch_size, pad_id, last_step)
         self.source, self.tokenize, self.make_order, self.seed = source, tokenize, order, seed
         self.windows = self._windows(place.turn, place.row)
-        self.reader = ThreadPoolExecutor(1)
-        self.coming = self.reader.submit(next, self.windows)
+        self.coming = in_background(next, self.windows)
         self._open_next(place.first_step)
+
+    def settings(self) -> dict:
+        return {"streaming": True, **self.order.settings(), "rows": None, "tokens": None}
 
     def make(self, step: int) -> Step:
         """The batches of a step; the steps must come in order."""
@@ -96,7 +104,7 @@ class StreamLoader(StepLoader):
 
     def _open_next(self, first_step: int) -> None:
         self.rows, turn, row = self.coming.result()
-        self.coming = self.reader.submit(next, self.windows)
+        self.coming = in_background(next, self.windows)
         self.place = Place(turn, row, first_step)
         self.order = self.make_order(self.rows.lengths, seed=(self.seed, turn, row))
 
@@ -106,6 +114,8 @@ class StreamLoader(StepLoader):
             reading, was_used = islice(iter(self.source), row, None), row > 0
             while window := list(islice(reading, WINDOW_ROWS)):
                 rows = self.tokenize(window)
+                if rows.dropped:
+                    tqdm.write(f"from {window[0][0]} on, dropped: {rows.describe_drops()}")
                 if len(rows):
                     was_used = True
                     yield rows, turn, row
@@ -113,6 +123,20 @@ class StreamLoader(StepLoader):
             if not was_used:
                 raise InputError(f"no row of {self.source} can be used")
             turn, row = turn + 1, 0
+
+
+def in_background(call: Callable, *arguments) -> Future:
+    """The result to come of a call in a thread that does not keep the process alive."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:  # raised again by whoever asks for the result
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 def make_loader(
@@ -129,9 +153,10 @@ def make_loader(
         return StepLoader(rows, order, batch_size, pad_id, total_steps), total_steps
 
     def tokenize(window: list[LocatedRow]) -> TokenizedRows:
-        found = tokenize_rows(
-            window, tokenizer, rows.row_format, config.dataset_text_field, config.completion_only_loss
-        ).cut(rows.max_length)
+        found = tokenize_window(
+            window, tokenizer, row_format=rows.row_format, text_field=config.dataset_text_field,
+            completion_only_loss=config.completion_only_loss,
+        ).cut(rows.max_length)  # fmt: skip
         check_vocabulary(found, model_config.vocab_size)
         return found
 

@@ -30,7 +30,8 @@ def report_data(config) -> int:
         tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
         model_config = load_config(config.model, config.trust_remote_code).get_text_config()
         train_rows, validation_rows = load_data(config, tokenizer, model_config)
-        report = data_report(train_rows, validation_rows, config.per_device_train_batch_size, config.seed)
+        batch = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        report = data_report(train_rows, validation_rows, *batch, config.seed)
     if is_json:
         folder = Path(config.output_dir)
         try:
@@ -47,32 +48,34 @@ def report_data(config) -> int:
 
 
 def data_report(
-    train_rows: TokenizedRows, validation_rows: TokenizedRows | None, batch_size: int, seed: int
+    train_rows: TokenizedRows,
+    validation_rows: TokenizedRows | None,
+    batch_size: int,
+    accumulation: int,
+    seed: int,
 ) -> dict:
-    """Everything the report says, as plain values that JSON knows."""
-    report = {"max_length": train_rows.max_length, "train": describe_rows(train_rows, batch_size, seed)}
+    """Everything the report says, as values that JSON knows; steps are of `accumulation` x `batch_size`."""
+    train = describe_rows(train_rows, batch_size, accumulation, seed)
+    report = {"max_length": train_rows.max_length, "train": train}
     if validation_rows is not None:
-        report["validation"] = describe_rows(validation_rows, batch_size, seed)
+        report["validation"] = describe_rows(validation_rows, batch_size, accumulation, seed)
         report["in_both"] = count_leaks(train_rows, validation_rows)
-    report["problems"] = [
-        f"{name}: {problem}"
-        for name in ("train", "validation") if name in report
-        for problem in problems(report[name])
-    ]  # fmt: skip
+    report["problems"] = problems(train)
     return report
 
 
-def describe_rows(rows: TokenizedRows, batch_size: int, seed: int) -> dict:
+def describe_rows(rows: TokenizedRows, batch_size: int, accumulation: int, seed: int) -> dict:
     """One split's part of the report."""
     whole = np.concatenate([rows.whole_lengths, rows.lost_lengths])
     counts, edges = np.histogram(whole, bins=HISTOGRAM_BINS, range=(0, whole.max()))
     is_cut = rows.whole_lengths > rows.lengths
     duplicates, near = count_duplicates(rows)
     padded = 0
-    order = StepOrder(rows.lengths, batch_size, seed)
+    order = StepOrder(rows.lengths, batch_size * accumulation, seed)
     for step in range(order.steps_in(0)):
-        lengths = [int(rows.lengths[row]) for (row,) in order.packs(step)]
-        padded += len(lengths) * -(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE
+        lengths = rows.lengths[[row for (row,) in order.packs(step)]]
+        for few in np.split(lengths, range(batch_size, len(lengths), batch_size)):
+            padded += len(few) * -(-int(few.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
     packs = StepOrder(rows.lengths, 1, seed, pack_length=rows.max_length).steps_in(0)
     tokens = int(rows.lengths.sum())
     return {
@@ -103,7 +106,7 @@ def describe_rows(rows: TokenizedRows, batch_size: int, seed: int) -> dict:
 
 
 def problems(split: dict) -> list[str]:
-    """What would ruin a training on this split."""
+    """What would ruin a training on these rows."""
     found = []
     if split["targets"] == 0:
         found.append("no token is trained")
@@ -137,15 +140,17 @@ def _near_an_earlier(signatures: np.ndarray, references: int | None = None) -> n
     Mining of Massive Datasets, chapter 3), each with the first row of such a group.
     """
     is_near = np.zeros(len(signatures), bool)
-    for band in np.split(signatures.astype(np.uint64), BANDS, axis=1):
+    for band in np.split(signatures, BANDS, axis=1):
         key = np.zeros(len(band), np.uint64)
         for minimum in band.T:
-            key = key * np.uint64(0x9E3779B97F4A7C15) + minimum
+            key = key * np.uint64(0x9E3779B97F4A7C15) + minimum.astype(np.uint64)
         _, first, group = np.unique(key, return_index=True, return_inverse=True)
         first = first[group]
-        agreement = (signatures == signatures[first]).mean(axis=1)
+        agreement = np.zeros(len(band))
+        for column in signatures.T:  # a column at a time: there may be a million rows
+            agreement += column == column[first]
         is_earlier = first < (np.arange(len(first)) if references is None else references)
-        is_near |= (agreement >= NEAR) & is_earlier & (first != np.arange(len(first)))
+        is_near |= (agreement >= NEAR * signatures.shape[1]) & is_earlier & (first != np.arange(len(first)))
     return is_near
 
 

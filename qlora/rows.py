@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, dropwhile, islice
 from pathlib import Path
 
-from qlora.errors import InputError
+from qlora.errors import InputError, first_line
 
 OTHER_SPLITS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
 
@@ -58,8 +58,14 @@ def read_rows(
     name, start, stop = parse_split(split)
     files = _local_files(dataset, name)
     if files is None:
-        for number, row in enumerate(_load_from_hub(dataset, split, config_name, streaming), start=1):
-            yield f"{dataset} row {number}", row
+        number = 0
+        try:
+            for number, row in enumerate(_load_from_hub(dataset, split, config_name, streaming), start=1):
+                yield f"{dataset} row {number}", row
+        except InputError:
+            raise
+        except Exception as error:  # in a stream any row may meet any trouble of the network
+            raise InputError(f"{dataset} cannot be read after row {number}: {first_line(error)}") from error
         return
 
     def rows():
@@ -135,10 +141,9 @@ def _load_from_hub(dataset: str, split: str, config_name: str | None, streaming:
     try:
         return datasets.load_dataset(dataset, config_name, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises dozens of types; all mean the same to the user
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
             f"cannot load the data set '{dataset}' ({split}): it is no file or folder here, and the hub "
-            f"says: {reason[0][:300]} - check the name, the network and `hf auth login`, or give a local file"
+            f"says: {first_line(error)} - check the name, the network and `hf auth login`, or give a file"
         ) from error
 
 

@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -47,7 +49,7 @@ WORDS = 3  # words of a shingle, the unit in which texts are compared
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|\w+")  # a word, or a character of Chinese
 MIXERS = np.random.default_rng(0).integers(2**63, size=(2, MINIMA), dtype=np.uint64) * 2 + 1
 
-RAW = Features({"where": Value("string"), "row": Value("string")})
+RAW = Features({"where": Value("string"), "row": Value("large_string")})  # large: more than 2 GB at a time
 TOKENS = Features(
     {
         "where": Value("string"),  # "rows.jsonl line 12"
@@ -114,8 +116,12 @@ class TokenizedRows:
     def targets(self) -> int:
         """Trained tokens of all rows."""
         is_cut = self.whole_lengths > self.lengths
-        cut = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in self.fetch(np.flatnonzero(is_cut)))
-        return int(self.column("targets")[~is_cut].sum()) + cut
+        total = int(self.column("targets")[~is_cut].sum())
+        trained = self.table.with_format("numpy", columns=["trained"])
+        for few in np.array_split(np.flatnonzero(is_cut), 1 + is_cut.sum() // 1000):  # not all in memory
+            found = trained[self.rows[few]]["trained"] if len(few) else []
+            total += sum(int(row[: self.max_length].sum()) for row in found)
+        return total
 
     @property
     def signatures(self) -> np.ndarray:
@@ -201,19 +207,31 @@ def tokenize_rows(
         "text_field": text_field,
         "completion_only_loss": completion_only_loss,
     }
-    tokenize = partial(_tokenize_batch, tokenizer=tokenizer, **settings)
-    storage = None
     if content is None:
-        raw = Dataset.from_list([_raw(*row) for row in chain(sample, reading)], features=RAW)
-        table = _map(raw, tokenize, cache_file_name=None)
-    else:
-        key = _cache_key(tokenizer, {**settings, "name": name, "content": content})
-        try:
-            table = _cached(located_rows, tokenize, Path(datasets.config.HF_DATASETS_CACHE) / "qlora", key)
-        except OSError as error:
-            print(f"Tokens are not cached: {first_line(error)}")
-            storage = tempfile.TemporaryDirectory(prefix="qlora-tokens-", ignore_cleanup_errors=True)
-            table = _cached(located_rows, tokenize, Path(storage.name), key)
+        return tokenize_window([*sample, *reading], tokenizer, **settings)
+    depends_on = {**settings, "name": name, "content": content}
+    if "strftime_now" in str(tokenizer.chat_template):  # a template that writes today's date
+        depends_on["date"] = time.strftime("%Y-%m-%d")
+    key, storage = _cache_key(tokenizer, depends_on), None
+    tokenize = partial(_tokenize_batch, tokenizer=tokenizer, **settings)
+    try:
+        table = _cached(located_rows, tokenize, Path(datasets.config.HF_DATASETS_CACHE) / "qlora", key)
+    except OSError as error:
+        print(f"Tokens are not cached: {first_line(error)}")
+        storage = tempfile.TemporaryDirectory(prefix="qlora-tokens-", ignore_cleanup_errors=True)
+        table = _cached(located_rows, tokenize, Path(storage.name), key)
+    return _usable(table, row_format, storage)
+
+
+def tokenize_window(located_rows: list[LocatedRow], tokenizer, **settings) -> TokenizedRows:
+    """As tokenize_rows, in memory, for rows of a known format: `settings` are those of _tokenize_batch."""
+    raw = Dataset.from_list([_raw(*row) for row in located_rows], features=RAW)
+    table = _map(raw, partial(_tokenize_batch, tokenizer=tokenizer, **settings), cache_file_name=None)
+    return _usable(table, settings["row_format"], None)
+
+
+def _usable(table: Dataset, row_format: str, storage) -> TokenizedRows:
+    """The rows of a table that can be used, the others counted."""
     is_used = table.data.column("dropped").is_null().to_numpy()
     used = np.flatnonzero(is_used)
     result = TokenizedRows(table, row_format, used, 0 * used, rows_read=len(table), storage=storage)
@@ -291,8 +309,11 @@ def signature(row: dict) -> np.ndarray:
     shingles = np.zeros(max(1, len(words) - WORDS + 1), dtype=np.uint64)
     for start in range(min(WORDS, len(words))):
         shingles = shingles * MIXERS[0, 0] + words[start : start + len(shingles)]
-    mixed = shingles[:, None] * MIXERS[0] + MIXERS[1]  # modulo 2^64
-    return (mixed >> np.uint64(32)).min(axis=0).astype(np.uint32)
+    minima = np.full(MINIMA, 2**64 - 1, dtype=np.uint64)
+    for start in range(0, len(shingles), 10_000):  # a long row would need 256 bytes a word at once
+        mixed = shingles[start : start + 10_000, None] * MIXERS[0] + MIXERS[1]  # modulo 2^64
+        minima = np.minimum(minima, mixed.min(axis=0))
+    return (minima >> np.uint64(32)).astype(np.uint32)
 
 
 def _texts(value) -> Iterable[str]:
@@ -325,11 +346,17 @@ def _tokenize_batch(
 
 
 def _raw(where: str, row: dict) -> dict:
-    return {"where": where, "row": json.dumps(row, ensure_ascii=False, default=str)}
+    return {"where": where, "row": json.dumps(row, ensure_ascii=False, default=_no_text)}
+
+
+def _no_text(value) -> dict:
+    """Bytes, dates and decimals are no text: a row that needs them as text is dropped."""
+    return {"type": type(value).__name__}
 
 
 def _map(raw: Dataset, tokenize, cache_file_name: str | None) -> Dataset:
-    processes = min(len(os.sched_getaffinity(0)), len(raw) // ROWS_PER_PROCESS)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(cores, len(raw) // ROWS_PER_PROCESS)
     with _progress_bars(len(raw) >= QUIET_ROWS):
         return raw.map(
             tokenize, batched=True, features=TOKENS, remove_columns=["row"], desc="tokenizing",
@@ -348,14 +375,21 @@ def _progress_bars(are_shown: bool):
 
 
 def _cached(located_rows: Iterable[LocatedRow], tokenize, cache: Path, key: str) -> Dataset:
-    """The tokens under `key`, tokenized now if they are not there; raises OSError if they cannot be written.
+    """The tokens under `key`, tokenized now if they are not there whole. Raises OSError if it cannot write.
 
-    A folder gets its name when it is complete, so a kill leaves no half of one.
+    A folder gets its name when it is complete, so a kill leaves no half of one, and a part that was lost or
+    cut short later is seen by its size.
     """
     folder = cache / key
-    if not folder.is_dir():
+    if not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as staging:
+        for old in cache.glob("unfinished-*"):  # left by kills
+            if time.time() - old.stat().st_mtime > 86_400:
+                shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            prefix="unfinished-", dir=cache, ignore_cleanup_errors=True
+        ) as staging:
             reading = tqdm(located_rows, desc="reading", unit=" rows", delay=2)
             try:
                 with _progress_bars(False):
@@ -364,15 +398,26 @@ def _cached(located_rows: Iterable[LocatedRow], tokenize, cache: Path, key: str)
                     )
             except DatasetGenerationError as error:
                 raise (error.__cause__ or error) from None
-            (Path(staging) / "tokens").mkdir()
-            _map(raw, tokenize, cache_file_name=f"{staging}/tokens/rows.arrow")
+            tokens = Path(staging) / "tokens"
+            tokens.mkdir()
+            _map(raw, tokenize, cache_file_name=str(tokens / "rows.arrow"))
+            sizes = {path.name: path.stat().st_size for path in tokens.iterdir()}
+            (tokens / "sizes.json").write_text(json.dumps(sizes))
             try:
-                os.rename(f"{staging}/tokens", folder)
+                os.rename(tokens, folder)
             except OSError:
-                if not folder.is_dir():  # another run of the same data was faster
+                if not _is_whole(folder):  # else another run of the same data was faster
                     raise
     parts = sorted(str(path) for path in folder.glob("*.arrow"))
     return datasets.concatenate_datasets([Dataset.from_file(part) for part in parts])
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / "sizes.json").read_text())
+        return sizes == {path.name: path.stat().st_size for path in folder.glob("*.arrow")}
+    except (OSError, ValueError):
+        return False
 
 
 def _cache_key(tokenizer, settings: dict) -> str:

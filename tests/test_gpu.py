@@ -108,6 +108,7 @@ def on_card(packs, pack_length=None):
 def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(dtype):
     model, attention, autocast = packed_model(dtype)
     assert attention == (VARLEN if dtype != torch.float32 else "sdpa")
+    assert model.training
     results = []
     for batch in (on_card([[row] for row in ROWS]), on_card([ROWS[:2], ROWS[2:]], pack_length=128)):
         model.zero_grad()
@@ -120,6 +121,17 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(dtype):
     bound = 1e-2 if dtype != torch.float32 else 1e-4
     assert got_loss == pytest.approx(want_loss, rel=bound)
     assert (got - want).norm() < bound * want.norm()
+
+
+def test_a_model_with_a_sliding_window_keeps_its_own_attention_and_the_training_mode():
+    config = transformers.MistralConfig(
+        vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8,
+    )  # fmt: skip
+    base = transformers.MistralForCausalLM(config).to("cuda", torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear")).train()
+    assert choose_attention(model, partial(torch.autocast, "cuda", dtype=torch.bfloat16)) == "sdpa"
+    assert model.training and base.model.layers[0].training
 
 
 def test_a_changed_token_of_one_row_leaves_the_others_bit_identical():

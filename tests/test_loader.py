@@ -65,10 +65,13 @@ def test_a_resume_does_not_tokenize_what_was_seen(run, monkeypatch):
     _, folder = run(flags)
     place = json.loads((folder / "checkpoint-11" / STATE).read_text())["progress"]["place"]
     assert place == {"turn": 0, "row": 36, "first_step": 10}
-    windows, tokenize = [], qlora.loader.tokenize_rows
-    monkeypatch.setattr(
-        qlora.loader, "tokenize_rows", lambda rows, *rest: windows.append(rows[0][0]) or tokenize(rows, *rest)
-    )
+    windows, tokenize = [], qlora.loader.tokenize_window
+
+    def record(rows, *arguments, **options):
+        windows.append(rows[0][0])
+        return tokenize(rows, *arguments, **options)
+
+    monkeypatch.setattr(qlora.loader, "tokenize_window", record)
     run(flags, "--resume_from_checkpoint", str(folder / "checkpoint-11"))
     assert windows[0].endswith("line 37")
 
@@ -87,6 +90,15 @@ def test_a_window_without_a_usable_row_is_passed_over(run, tmp_path, seen):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(FLAGS, "--max_steps 7", dataset=str(path))
     assert [len(rows) for rows in seen] == [4, 4, 4, 4, 2, 4, 4]
+
+
+def test_rows_that_cannot_be_used_are_counted_as_they_come(run, tmp_path, capsys):
+    """Also where a whole window lacks a column."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:18], {"prompt": "a"}]))
+    run(FLAGS, "--max_steps 6", dataset=str(path))
+    printed = capsys.readouterr()
+    assert f"from {path} line 19 on, dropped: 1 'completion' is missing" in printed.out + printed.err
 
 
 def test_validation_rows_are_evaluated(run, rows_file):

@@ -5,8 +5,10 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from qlora.attention import choose_attention
+import qlora.attention
+from qlora.attention import VARLEN, choose_attention, rows_are_apart
 from qlora.data import collate
 from qlora.loss import has_plain_head, next_token_loss
 from qlora.packing import pack_rows
@@ -109,3 +111,49 @@ def test_a_model_that_cannot_keep_rows_apart_is_not_packed():
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_config(config)
     assert choose_attention(get_peft_model(base, LoraConfig(target_modules=["in_proj"])), OFF) is None
+
+
+def test_a_trial_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no kernel for this card")
+
+    model = lora(MODELS["llama"][0]).train()
+    monkeypatch.setattr(qlora.attention, "rows_are_apart", fail)
+    assert choose_attention(model, OFF) is None
+    assert all(module.training for module in model.modules())
+    assert model.get_base_model().config._attn_implementation == "sdpa"
+
+
+def reference_varlen(query, key, value, starts, _, longest, __, scale, window_size):
+    """torch's varlen_attn, row by row."""
+    mixed = torch.empty_like(query)
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist()):
+        rows = [states[start:end].transpose(0, 1) for states in (query, key, value)]
+        if end > start:
+            mixed[start:end] = sdpa(*rows, is_causal=True, scale=scale).transpose(0, 1)
+    return mixed
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2, tied", "phi, biased head"])
+def test_variable_length_attention_is_the_models_own(name, monkeypatch):
+    monkeypatch.setattr(qlora.attention, "varlen_attn", reference_varlen)
+    model = lora(MODELS[name][0]).eval()
+    causal_lm = model.get_base_model()
+    assert rows_are_apart(causal_lm, VARLEN, "sdpa", OFF)
+    rows = list(rows_of_ids())
+    batch = collate([rows[:2], rows[2:]], pad_id=0, pack_length=80)
+    padded = collate([[row] for row in rows], pad_id=0)
+    results = []
+    for implementation in (VARLEN, "sdpa"):
+        causal_lm.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results += [next_token_loss(model, each, True).item() for each in (batch, padded)]
+    assert results == pytest.approx([results[0]] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mistral, sliding window", "gemma2, soft-capped"])
+def test_attention_with_a_window_is_not_left_to_variable_length(name, monkeypatch):
+    monkeypatch.setattr(qlora.attention, "varlen_attn", reference_varlen)
+    causal_lm = lora(MODELS[name][0]).eval().get_base_model()
+    with pytest.raises(ValueError, match="more than a causal mask"):
+        rows_are_apart(causal_lm, VARLEN, causal_lm.config._attn_implementation, OFF)

@@ -31,7 +31,7 @@ def test_the_books_of_a_cut_data_set_balance(tokenizer):
     texts = [f"{TALE} {'leaf ' * number}" for number in range(30)]
     whole = rows_of(tokenizer, *texts)
     rows = whole.cut(80)
-    split = data_report(rows, None, 4, 0)["train"]
+    split = data_report(rows, None, 4, 1, 0)["train"]
     assert split["rows_read"] == 30 == split["rows_used"] and split["answers_lost"] == 0
     assert split["answers_cut"] == int((whole.lengths > 80).sum()) > 3
     assert split["tokens"] + split["tokens_lost"] == int(whole.lengths.sum())
@@ -44,7 +44,7 @@ def test_the_books_of_a_cut_data_set_balance(tokenizer):
 def test_answers_that_are_lost_whole_are_counted_with_their_tokens(tokenizer):
     located = [("line 1", {"prompt": "What? " * 40, "completion": "A leaf."}), ("line 2", ROWS[0])]
     whole = tokenize_rows(located, tokenizer)
-    split = data_report(whole.cut(64), None, 4, 0)["train"]
+    split = data_report(whole.cut(64), None, 4, 1, 0)["train"]
     assert (split["answers_lost"], split["answers_cut"]) == (1, 0)
     assert split["rows_dropped"] == {"prompt fills --max_length": 1}
     assert split["tokens_lost"] == int(whole.lengths[0])
@@ -53,7 +53,7 @@ def test_answers_that_are_lost_whole_are_counted_with_their_tokens(tokenizer):
 
 def test_padding_and_packing_are_counted_as_batches_are_made():
     rows = make_rows([8] * 10 + [64] * 2).cut(64)
-    split = data_report(rows, None, batch_size=12, seed=0)["train"]
+    split = data_report(rows, None, batch_size=12, accumulation=1, seed=0)["train"]
     assert split["padded_full"] == pytest.approx((80 + 128) / (12 * 64))
     assert split["packs"] == 4 and split["packed_full"] == pytest.approx((80 + 128) / (4 * 64))
 
@@ -61,7 +61,7 @@ def test_padding_and_packing_are_counted_as_batches_are_made():
 def test_duplicates_and_near_duplicates_are_told_apart(tokenizer):
     near = TALE.replace("very old", "very, very old").upper() + "!"
     rows = rows_of(tokenizer, TALE, OTHER, TALE, near, f"{OTHER} {TALE}")
-    split = data_report(rows, None, 4, 0)["train"]
+    split = data_report(rows, None, 4, 1, 0)["train"]
     assert (split["duplicates"], split["near_duplicates"]) == (1, 1)
 
 
@@ -70,22 +70,22 @@ def test_validation_rows_that_are_trained_on_are_counted(tokenizer):
     validation = rows_of(
         tokenizer, TALE, TALE + " again", "Something quite different: what does a cloud look like?"
     )
-    report = data_report(training, validation, 4, 0)
+    report = data_report(training, validation, 4, 1, 0)
     assert report["in_both"] == {"exact": 1, "near": 1}
     assert short_report(report)["leaks"] == "1 validation rows are trained on, 1 nearly"
     assert "1 are trained on too, 1 nearly" in full_report(report)
 
 
 def test_what_would_ruin_a_training_is_a_problem(tokenizer):
-    assert data_report(rows_of(tokenizer, TALE), None, 4, 0)["problems"] == []
-    (problem,) = data_report(rows_of(tokenizer, TALE).cut(8), None, 4, 0)["problems"]
+    assert data_report(rows_of(tokenizer, TALE), None, 4, 1, 0)["problems"] == []
+    (problem,) = data_report(rows_of(tokenizer, TALE).cut(8), None, 4, 1, 0)["problems"]
     assert "never learn to stop" in problem
     rows = make_rows([9, 9]).cut(16)
     table = rows.table.map(lambda row: {**row, "leading_bos": 2, "ends_in_eos": True}, features=TOKENS)
-    (problem,) = data_report(TokenizedRows(table, "text", rows.rows, rows.sources).cut(16), None, 4, 0)[
+    (problem,) = data_report(TokenizedRows(table, "text", rows.rows, rows.sources).cut(16), None, 4, 1, 0)[
         "problems"
     ]
-    assert problem == "train: 2 rows start with two BOS tokens"
+    assert problem == "2 rows start with two BOS tokens"
 
 
 def test_sample_rows_show_what_is_trained_and_the_special_tokens(tokenizer):
@@ -122,7 +122,7 @@ def test_data_that_would_ruin_a_training_ends_with_exit_code_1(base, tmp_path, c
     path.write_text(json.dumps({"text": TALE}))
     flags = ["--model", base, "--dataset", str(path), "--max_length", "8", "--data_report"]
     assert report_data(parse_args(TrainConfig, flags)) == 1
-    assert "PROBLEM train: no row trains the end-of-sequence token" in capsys.readouterr().out
+    assert "PROBLEM no row trains the end-of-sequence token" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wanted, length", [("20", 20), ("p50", 64), ("max", 64), ("p1", 64), ("300", 256)])

@@ -317,3 +317,13 @@ def test_a_hub_data_set_can_be_streamed(monkeypatch):
     rows = list(RowSource("someone/data", "train", "configuration", streaming=True))
     assert [row for _, row in rows] == ROWS and rows[1][0] == "someone/data row 2"
     assert calls == [(("someone/data", "configuration"), {"split": "train", "streaming": True})]
+
+
+def test_trouble_in_the_middle_of_a_stream_is_one_line(monkeypatch):
+    def rows():
+        yield ROWS[0]
+        raise ConnectionError("the network is gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    with pytest.raises(InputError, match="someone/data cannot be read after row 1: the network is gone"):
+        list(RowSource("someone/data", streaming=True))

@@ -1,8 +1,13 @@
 """The cache of tokens: found again, never stale, never half, never in the way; and any number of cores."""
 
+import datetime
+import decimal
 import json
+import os
+import time
 
 import datasets
+import pyarrow.parquet
 import pytest
 import transformers
 
@@ -106,6 +111,49 @@ def test_several_processes_give_what_one_gives(cache, data, tokenizer, monkeypat
     several = tokenize(data.with_name("again.jsonl"), tokenizer)
     assert contents(several) == contents(one) and several.dropped == one.dropped
     assert len(list(cache.rglob("*.arrow"))) == 1 + 3
+
+
+@pytest.mark.parametrize("damage", ["lost", "emptied", "no sizes", "all lost"])
+def test_a_damaged_cache_is_tokenized_again(cache, data, tokenizer, damage):
+    want = contents(tokenize(data, tokenizer))
+    (part,) = cache.glob("*/rows.arrow")
+    if damage == "emptied":
+        part.write_bytes(b"")
+    for path in {
+        "lost": [part],
+        "no sizes": [part.with_name("sizes.json")],
+        "all lost": part.parent.iterdir(),
+    }.get(damage, []):
+        path.unlink()
+    assert contents(tokenize(data, tokenizer)) == want
+
+
+def test_what_kills_left_behind_is_swept(cache, data, tokenizer):
+    for name, age in (("unfinished-old", 100_000), ("unfinished-of-another-run", 10)):
+        (cache / name).mkdir(parents=True)
+        os.utime(cache / name, (time.time() - age, time.time() - age))
+    tokenize(data, tokenizer)
+    assert not (cache / "unfinished-old").exists() and (cache / "unfinished-of-another-run").exists()
+
+
+def test_what_is_no_text_is_never_trained_as_text(cache, tmp_path, tokenizer):
+    """Bytes and dates of a parquet file, which JSON does not know."""
+    path = tmp_path / "rows.parquet"
+    values = [b"A leaf.", datetime.date(2020, 1, 1), decimal.Decimal("1.5")]
+    for value in values:
+        rows = [{"prompt": "What?", "completion": value}]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        assert tokenize(path, tokenizer).dropped == {"'completion' is an object, not text": 1}
+
+
+def test_a_template_that_writes_the_date_is_not_cached_beyond_it(cache, tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "A leaf."}]}))
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenize(path, tokenizer)
+    monkeypatch.setattr(time, "strftime", lambda _: "another day")
+    tokenize(path, tokenizer)
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_without_a_cache_tokens_stay_in_memory(cache, tokenizer):

@@ -319,6 +319,20 @@ def test_latest_does_not_replace_a_finished_adapter(run):
         run("--max_steps 1 --resume_from_checkpoint latest")
 
 
+def test_a_single_step_learns(run):
+    """Its warm-up would otherwise be all of it, at a learning rate of 0."""
+    _, folder = run("--max_steps 1")
+    assert any(tensor.any() for name, tensor in adapter(folder).items() if "lora_B" in name)
+
+
+def test_a_source_of_a_mixture_without_a_row_is_an_error(run, rows_file, tmp_path):
+    other = tmp_path / "long.jsonl"
+    other.write_text(json.dumps({"prompt": "What? " * 40, "completion": "A leaf."}))
+    flags = ["--dataset", rows_file, str(other), "--dataset_weights 0.5 0.5", "--max_length 32"]
+    with pytest.raises(train.InputError, match=r"no row of .*long\.jsonl is left"):
+        run("--max_steps 1", *flags)
+
+
 def test_data_sets_of_different_formats_are_mixed(run, rows_file, tmp_path, capsys):
     other = tmp_path / "chat.jsonl"
     other.write_text('{"text": "### Human: What?### Assistant: A leaf."}\n' * 10 + '{"text": ""}\n')
@@ -442,6 +456,11 @@ def test_mistakes_get_one_line(run, base, flags, message):
         ("--max_steps 4 --dtype float16", "another --dtype"),
         ("--max_steps 4 --optim adamw_torch", "another --optim"),
         ("--max_steps 4 --lora_r 8", "other shapes"),
+        ("--max_steps 4 --packing", "tokens a pack was None, now it is 256"),
+        ("--max_steps 4 --seed 3", "seed was 42, now it is 3"),
+        ("--max_steps 4 --per_device_train_batch_size 2", "sequences a step was 16, now it is 8"),
+        ("--max_steps 4 --max_length 16", "tokens was 804, now it is"),
+        ("--max_steps 4 --streaming", "streaming was False, now it is True"),
         ("--max_steps 4 --lora_target_modules q_proj k_proj", "lora_target_modules"),
     ],
 )
