@@ -48,7 +48,11 @@ def load_data(config, tokenizer, model_config) -> tuple[TokenizedRows, Tokenized
         sample = list(islice(replace(source, streaming=True), WINDOW_ROWS))
         train_rows = tokenize_rows(sample, tokenizer, config.dataset_format, name=str(source), **settings)
     else:
-        train_rows = mix([tokenize(source, config.dataset_format) for source in sources])
+        parts = [tokenize(source, config.dataset_format) for source in sources]
+        train_rows = mix(parts)
+        if len({part.row_format for part in parts}) > 1:
+            formats = ", ".join(part.row_format for part in parts)
+            print(f"The data sets have the formats {formats}: generate.py will ask in the first.")
     max_length = choose_max_length(config.max_length, train_rows.whole_lengths, model_config)
     train_rows = cut(train_rows)
     validation_rows = None

@@ -340,6 +340,7 @@ def test_data_sets_of_different_formats_are_mixed(run, rows_file, tmp_path, caps
     _, folder = run("--max_steps 4 --logging_steps 1", *flags, "--dataset_weights 0.5 0.5")
     printed = capsys.readouterr().out
     assert f"{rows_file} + {other}: 53 rows read = 52 used + 1 dropped (1 empty text" in printed
+    assert "the formats prompt_completion, guanaco: generate.py will ask in the first" in printed
     assert metrics(folder)[-1]["step"] == 4
 
 
