@@ -157,3 +157,16 @@ def test_attention_with_a_window_is_not_left_to_variable_length(name, monkeypatc
     causal_lm = lora(MODELS[name][0]).eval().get_base_model()
     with pytest.raises(ValueError, match="more than a causal mask"):
         rows_are_apart(causal_lm, VARLEN, causal_lm.config._attn_implementation, OFF)
+
+
+def test_a_model_with_variable_length_attention_still_generates_from_padded_prompts(monkeypatch):
+    monkeypatch.setattr(qlora.attention, "varlen_attn", None)  # not to be called
+    causal_lm = lora(MODELS["llama"][0]).eval().get_base_model()
+    ids = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
+    answers = []
+    for implementation in (VARLEN, "sdpa"):
+        causal_lm.set_attn_implementation(implementation)
+        answers.append(
+            causal_lm.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=8, do_sample=False)
+        )
+    assert torch.equal(*answers)
