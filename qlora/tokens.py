@@ -42,6 +42,7 @@ from qlora.rows import LocatedRow
 SAMPLE_ROWS = 100  # rows that decide the format
 ROWS_PER_PROCESS = 5_000  # starting a process takes about as long as tokenizing these
 QUIET_ROWS = 20_000  # fewer show no progress bar
+SLICE_ROWS = 200_000  # processes live for so many rows: what they have read of a file stays in their memory
 
 MINIMA = 32  # hashes of a row's signature
 WORDS = 3  # words of a shingle, the unit in which texts are compared
@@ -400,7 +401,9 @@ def _cached(located_rows: Iterable[LocatedRow], tokenize, cache: Path, key: str)
                 raise (error.__cause__ or error) from None
             tokens = Path(staging) / "tokens"
             tokens.mkdir()
-            _map(raw, tokenize, cache_file_name=str(tokens / "rows.arrow"))
+            for start in range(0, len(raw), SLICE_ROWS):
+                rows_of_slice = raw.select(range(start, min(start + SLICE_ROWS, len(raw))))
+                _map(rows_of_slice, tokenize, cache_file_name=str(tokens / f"rows-{start:012}.arrow"))
             sizes = {path.name: path.stat().st_size for path in tokens.iterdir()}
             (tokens / "sizes.json").write_text(json.dumps(sizes))
             try:

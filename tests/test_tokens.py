@@ -106,17 +106,18 @@ def test_a_file_that_cannot_be_read_leaves_nothing_in_the_cache(cache, data, tok
 def test_several_processes_give_what_one_gives(cache, data, tokenizer, monkeypatch):
     one = tokenize(data, tokenizer)
     monkeypatch.setattr(qlora.tokens, "ROWS_PER_PROCESS", 10)
+    monkeypatch.setattr(qlora.tokens, "SLICE_ROWS", 35)  # 35 rows in three processes, 8 in one
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     data.rename(data.with_name("again.jsonl"))
     several = tokenize(data.with_name("again.jsonl"), tokenizer)
     assert contents(several) == contents(one) and several.dropped == one.dropped
-    assert len(list(cache.rglob("*.arrow"))) == 1 + 3
+    assert len(list(cache.rglob("*.arrow"))) == 1 + 3 + 1
 
 
 @pytest.mark.parametrize("damage", ["lost", "emptied", "no sizes", "all lost"])
 def test_a_damaged_cache_is_tokenized_again(cache, data, tokenizer, damage):
     want = contents(tokenize(data, tokenizer))
-    (part,) = cache.glob("*/rows.arrow")
+    (part,) = cache.glob("*/*.arrow")
     if damage == "emptied":
         part.write_bytes(b"")
     for path in {
