@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch.nn.utils import clip_grad_norm_
 
-from qlora.adapter import ADAPTER, add_adapter, check_adapter, kept_settings, load_adapter, save_final_adapter
+from qlora.adapter import ADAPTER, add_adapter, kept_settings, load_adapter, save_final_adapter
 from qlora.attention import choose_attention
 from qlora.checkpoint import (
     Progress,
@@ -34,15 +34,7 @@ from qlora.evaluate import evaluate_loss
 from qlora.loader import make_loader
 from qlora.log import RunLog, Wandb, start_screen
 from qlora.loss import has_plain_head, next_token_loss
-from qlora.model import (
-    base_memory_bytes,
-    check_gradients,
-    load_base,
-    load_config,
-    load_tokenizer,
-    prepare_for_training,
-    quantized_share,
-)
+from qlora.model import base_memory_bytes, check_gradients, load_base, prepare_for_training, quantized_share
 from qlora.optim import build_optimizer, lr_at
 from qlora.report import data_report, report_data, short_report
 
@@ -57,12 +49,8 @@ def train(config: TrainConfig):
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     # Data before the model: a bad row should not cost the minutes that loading takes.
-    if config.adapter:
-        check_adapter(config.adapter)
-    tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
+    tokenizer, model_config, train_rows, validation_rows = load_data(config)
     pad_id = tokenizer.eos_token_id  # padding is told apart by position, never by its id, so any id serves
-    model_config = load_config(config.model, config.trust_remote_code).get_text_config()
-    train_rows, validation_rows = load_data(config, tokenizer, model_config)
     batch = config.per_device_train_batch_size, config.gradient_accumulation_steps
     report = data_report(train_rows, validation_rows, *batch, config.seed)
     print(

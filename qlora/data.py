@@ -8,7 +8,9 @@ from itertools import islice
 import numpy as np
 import torch
 
+from qlora.adapter import check_adapter
 from qlora.errors import InputError
+from qlora.model import load_config, load_tokenizer
 from qlora.packing import pack_rows
 from qlora.prompts import IGNORE_INDEX
 from qlora.rows import RowSource
@@ -19,12 +21,16 @@ WINDOW_ROWS = 10_000  # rows of a stream that are read and tokenized at a time
 GROUP_STEPS = 50  # group_by_length sorts within this many steps, so that the order stays mostly random
 
 
-def load_data(config, tokenizer, model_config) -> tuple[TokenizedRows, TokenizedRows | None]:
-    """Training and validation rows of a TrainConfig, tokenized and checked against the model's limits.
+def load_data(config) -> tuple:
+    """(tokenizer, the model's configuration, training rows, validation rows or None) of a TrainConfig.
 
-    With --streaming the training rows are the first window of the stream. Raises InputError for whatever is
-    wrong with them.
+    The rows are tokenized and checked against the model's limits. With --streaming the training rows are the
+    first window of the stream. Raises InputError for whatever is wrong with any of them.
     """
+    if config.adapter:
+        check_adapter(config.adapter)
+    tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
+    model_config = load_config(config.model, config.trust_remote_code).get_text_config()
     settings = {"text_field": config.dataset_text_field, "completion_only_loss": config.completion_only_loss}
 
     def tokenize(source: RowSource, row_format: str) -> TokenizedRows:
@@ -69,7 +75,7 @@ def load_data(config, tokenizer, model_config) -> tuple[TokenizedRows, Tokenized
     for number, dataset in enumerate(config.dataset):
         if config.dataset_weights and number not in train_rows.sources:
             raise InputError(f"--dataset_weights: no row of {dataset} is left to train on")
-    return train_rows, validation_rows
+    return tokenizer, model_config, train_rows, validation_rows
 
 
 def choose_max_length(wanted: str, lengths: np.ndarray, model_config) -> int:

@@ -9,7 +9,6 @@ import numpy as np
 
 from qlora.data import PAD_MULTIPLE, StepOrder, load_data
 from qlora.errors import InputError
-from qlora.model import load_config, load_tokenizer
 from qlora.prompts import IGNORE_INDEX
 from qlora.tokens import TokenizedRows
 
@@ -27,9 +26,7 @@ def report_data(config) -> int:
     """
     is_json = config.data_report == "json"
     with redirect_stdout(sys.stderr if is_json else sys.stdout):
-        tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
-        model_config = load_config(config.model, config.trust_remote_code).get_text_config()
-        train_rows, validation_rows = load_data(config, tokenizer, model_config)
+        tokenizer, _, train_rows, validation_rows = load_data(config)
         batch = config.per_device_train_batch_size, config.gradient_accumulation_steps
         report = data_report(train_rows, validation_rows, *batch, config.seed)
     if is_json:
@@ -68,7 +65,6 @@ def describe_rows(rows: TokenizedRows, batch_size: int, accumulation: int, seed:
     """One split's part of the report."""
     whole = np.concatenate([rows.whole_lengths, rows.lost_lengths])
     counts, edges = np.histogram(whole, bins=HISTOGRAM_BINS, range=(0, whole.max()))
-    is_cut = rows.whole_lengths > rows.lengths
     duplicates, near = count_duplicates(rows)
     padded = 0
     order = StepOrder(rows.lengths, batch_size * accumulation, seed)
@@ -90,14 +86,14 @@ def describe_rows(rows: TokenizedRows, batch_size: int, accumulation: int, seed:
             name: int(np.percentile(whole, p, method="inverted_cdf")) for name, p in PERCENTILES.items()
         },
         "histogram": {"edges": edges.round().astype(int).tolist(), "rows": counts.tolist()},
-        "rows_truncated": int(is_cut.sum()) + len(rows.lost_lengths),
-        "answers_cut": int(is_cut.sum()),
+        "rows_truncated": rows.truncated + len(rows.lost_lengths),
+        "answers_cut": rows.truncated,
         "answers_lost": len(rows.lost_lengths),
         "tokens_lost": int(whole.sum()) - tokens,
         "padded_full": tokens / padded,
         "packed_full": tokens / (packs * rows.max_length),
         "packs": packs,
-        "ends_in_trained_eos": float((rows.column("ends_in_eos") & ~is_cut).mean()),
+        "ends_in_trained_eos": float((rows.column("ends_in_eos") & ~rows.is_cut).mean()),
         "starts_with_bos": float((rows.column("leading_bos") > 0).mean()),
         "double_bos": int((rows.column("leading_bos") > 1).sum()),
         "duplicates": duplicates,

@@ -114,12 +114,16 @@ class TokenizedRows:
         return np.minimum(self.whole_lengths, self.max_length or self.whole_lengths.max())
 
     @cached_property
+    def is_cut(self) -> np.ndarray:
+        """Which rows are longer than they are seen here."""
+        return self.whole_lengths > self.lengths
+
+    @cached_property
     def targets(self) -> int:
         """Trained tokens of all rows."""
-        is_cut = self.whole_lengths > self.lengths
-        total = int(self.column("targets")[~is_cut].sum())
+        total = int(self.column("targets")[~self.is_cut].sum())
         trained = self.table.with_format("numpy", columns=["trained"])
-        for few in np.array_split(np.flatnonzero(is_cut), 1 + is_cut.sum() // 1000):  # not all in memory
+        for few in np.array_split(np.flatnonzero(self.is_cut), 1 + self.truncated // 1000):  # not all at once
             found = trained[self.rows[few]]["trained"] if len(few) else []
             total += sum(int(row[: self.max_length].sum()) for row in found)
         return total
@@ -132,7 +136,7 @@ class TokenizedRows:
 
     @property
     def truncated(self) -> int:
-        return int((self.whole_lengths > self.lengths).sum())
+        return int(self.is_cut.sum())
 
     @cached_property
     def _tokens(self) -> Dataset:

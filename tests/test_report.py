@@ -9,7 +9,8 @@ import torch
 
 from qlora.config import TrainConfig, parse_args
 from qlora.data import load_data
-from qlora.model import load_config, load_tokenizer
+from qlora.errors import InputError
+from qlora.model import load_tokenizer
 from qlora.prompts import IGNORE_INDEX
 from qlora.report import data_report, full_report, report_data, short_report, show_rows
 from qlora.tokens import TOKENS, TokenizedRows, tokenize_rows
@@ -125,10 +126,18 @@ def test_data_that_would_ruin_a_training_ends_with_exit_code_1(base, tmp_path, c
     assert "PROBLEM no row trains the end-of-sequence token" in capsys.readouterr().out
 
 
+def test_an_adapter_that_is_none_is_an_error_of_the_report_too(base, rows_file):
+    config = parse_args(
+        TrainConfig, ["--model", base, "--dataset", rows_file, "--adapter", "nowhere", "--data_report"]
+    )
+    with pytest.raises(InputError, match="--adapter nowhere is no adapter folder"):
+        report_data(config)
+
+
 @pytest.mark.parametrize("wanted, length", [("20", 20), ("p50", 64), ("max", 64), ("p1", 64), ("300", 256)])
 def test_the_length_is_a_number_or_a_percentile_capped_by_the_context(base, rows_file, wanted, length):
     config = parse_args(TrainConfig, ["--model", base, "--dataset", rows_file, "--max_length", wanted])
-    rows, _ = load_data(config, load_tokenizer(base), load_config(base))
+    _, _, rows, _ = load_data(config)
     assert rows.max_length == length
 
 
@@ -141,6 +150,6 @@ def test_a_percentile_is_rounded_up_to_a_multiple_of_64(base, tmp_path):
         [("", json.loads(line)) for line in path.read_text().splitlines()], tokenizer
     ).lengths
     config = parse_args(TrainConfig, ["--model", base, "--dataset", str(path), "--max_length", "p80"])
-    rows, _ = load_data(config, tokenizer, load_config(base))
+    _, _, rows, _ = load_data(config)
     assert rows.max_length == -(-sorted(lengths)[7] // 64) * 64 < 256
     assert rows.truncated == sum(length > rows.max_length for length in lengths)

@@ -23,7 +23,7 @@ from qlora.adapter import ADAPTER
 from qlora.checkpoint import STATE, STATE_TENSORS
 from qlora.evaluate import evaluate_loss
 from qlora.generation import generate
-from qlora.model import load_base
+from qlora.model import load_base, load_tokenizer
 from qlora.rows import read_rows
 from qlora.tokens import tokenize_rows
 from tests.conftest import ROOT, ROWS
@@ -186,12 +186,7 @@ def test_evaluation_and_generation_in_the_middle_change_nothing(run, base, rows_
 
     def evaluate_and_generate(model, *arguments):
         generate(
-            model,
-            train.load_tokenizer(base),
-            [[1, 300, 301]],
-            arguments[-2],
-            max_new_tokens=4,
-            do_sample=True,
+            model, load_tokenizer(base), [[1, 300, 301]], arguments[-2], max_new_tokens=4, do_sample=True
         )
         calls.append(model.training)
         return evaluate_loss(model, *arguments)
@@ -426,7 +421,7 @@ def test_variants_train_and_load_back_with_peft(run, base, flags):
 def test_a_4_bit_checkpoint_is_loaded_as_it_is(run, base, tmp_path):
     quantized = load_base(base, torch.bfloat16, torch.device("cpu"), quant_type="fp4", double_quant=False)
     quantized.save_pretrained(tmp_path / "fp4")
-    train.load_tokenizer(base).save_pretrained(tmp_path / "fp4")
+    load_tokenizer(base).save_pretrained(tmp_path / "fp4")
     model, _ = run("--max_steps 2", model=str(tmp_path / "fp4"))
     layer = model.get_base_model().model.layers[0].self_attn.k_proj
     assert layer.weight.quant_state.quant_type == "fp4" and not layer.weight.quant_state.nested
@@ -485,20 +480,20 @@ def test_a_checkpoint_of_another_folder_does_not_replace_the_run_in_this_one(run
 
 def test_a_tokenizer_with_several_chat_templates_can_be_saved_again(run, base, tmp_path):
     shutil.copytree(base, tmp_path / "model")
-    tokenizer = train.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}{{ tools }}"}
     tokenizer.save_pretrained(tmp_path / "model")
     model = str(tmp_path / "model")
     run("--max_steps 1", model=model)
     _, folder = run("--max_steps 2 --resume_from_checkpoint latest", model=model)
-    assert isinstance(train.load_tokenizer(str(folder)).chat_template, dict)
+    assert isinstance(load_tokenizer(str(folder)).chat_template, dict)
 
 
 def test_rows_never_overrun_the_positions_a_model_has_learned(run, base, tmp_path):
     """A context of 37 would be overrun by rows of 37 tokens, which are padded to 40."""
     config = GPT2Config(vocab_size=448, n_positions=37, n_embd=64, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    train.load_tokenizer(base).save_pretrained(tmp_path / "gpt2")
+    load_tokenizer(base).save_pretrained(tmp_path / "gpt2")
     rows = tmp_path / "long.jsonl"
     rows.write_text(json.dumps({"text": "a red leaf " * 40}) + "\n")
     flags = "--max_steps 1 --lora_target_modules c_attn --gradient_checkpointing none --logging_steps 1"
@@ -511,7 +506,7 @@ def test_a_tokenizer_of_another_model_is_refused(run, base, tmp_path):
         vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
-    train.load_tokenizer(base).save_pretrained(tmp_path / "small")
+    load_tokenizer(base).save_pretrained(tmp_path / "small")
     with pytest.raises(train.InputError, match="the model has only 100 tokens"):
         run("--max_steps 1", model=str(tmp_path / "small"))
 
@@ -554,7 +549,7 @@ def test_loss_is_that_of_the_transformers_trainer(run, base, rows_file, tmp_path
     _, folder = run(flags, batch(4, 2))  # 40 rows: an epoch is five whole steps, as the Trainer counts them
     ours = torch.tensor([line["loss"] for line in metrics(folder)])
 
-    tokenizer = train.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     rows = tokenize_rows(read_rows(rows_file, "train[:40]"), tokenizer)
     order = StepOrder(rows.lengths, 8, seed=42)
     examples = [rows[index] for step in range(50) for (index,) in order.packs(step)]
