@@ -70,9 +70,8 @@ def check_adapter(adapter: str) -> None:
 def load_adapter(base, adapter: str, is_trainable: bool):
     """Put a saved LoRA adapter on the base, float32; raises InputError if it does not belong to it."""
     try:
-        folder = str(
-            adapter_file(adapter, ADAPTER).parent
-        )  # check_adapter has fetched it: the hub is not asked
+        # Where check_adapter has fetched it to: the hub is not asked again.
+        folder = str(adapter_file(adapter, ADAPTER).parent)
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         config.base_model_name_or_path = None  # PEFT would warn of another spelling of the base's name

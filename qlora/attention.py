@@ -5,6 +5,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qlora.data import collate, to_device
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
@@ -56,25 +58,18 @@ def _has_attention_dropout(config) -> bool:
 def rows_are_apart(causal_lm, choice: str, usual: str, autocast) -> bool:
     """Whether two packed rows are with attention `choice` what each is alone with the `usual` one, and the
     second ignores the first's tokens to the last bit."""
-    first, other, second = torch.arange(18, device=causal_lm.device).split([5, 5, 8])
+    first, other, second = torch.arange(18).split([5, 5, 8])
 
-    def hidden(*rows: torch.Tensor) -> torch.Tensor:
-        positions = torch.cat([torch.arange(len(row), device=row.device) for row in rows])
-        starts = torch.tensor([0, *torch.tensor([len(row) for row in rows]).cumsum(0)], dtype=torch.int32)
-        inputs = {"position_ids": positions[None], "seq_starts": starts.to(positions.device)}
-        inputs["input_ids"] = torch.cat(rows)[None]
+    def hidden(*rows: torch.Tensor, pack_length: int | None) -> torch.Tensor:
+        batch = to_device(collate([[(row, row) for row in rows]], 0, pack_length), causal_lm.device)
         with autocast():
-            return causal_lm.get_decoder()(**attention_inputs(inputs), use_cache=False).last_hidden_state[0]
+            output = causal_lm.get_decoder()(**attention_inputs(batch), use_cache=False)
+        return output.last_hidden_state[0, : sum(map(len, rows))]
 
     causal_lm.set_attn_implementation(usual)
-    with autocast():
-        alone = [
-            causal_lm.get_decoder()(row[None], use_cache=False).last_hidden_state[0]
-            for row in (first, second)
-        ]
-    alone = torch.cat(alone).float()
+    alone = torch.cat([hidden(row, pack_length=None) for row in (first, second)]).float()
     causal_lm.set_attn_implementation(choice)
-    packed, changed = hidden(first, second), hidden(other, second)
+    packed, changed = hidden(first, second, pack_length=16), hidden(other, second, pack_length=16)
     is_same = (packed.float() - alone).norm() < TOLERANCE * alone.norm()
     return bool(is_same) and torch.equal(packed[len(first) :], changed[len(first) :])
 

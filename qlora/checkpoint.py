@@ -107,12 +107,16 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
         path for path in output_dir.glob("checkpoint-*")
         if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
     ]  # fmt: skip
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(found, key=_step_of)
 
 
 def later_checkpoints(output_dir: Path, step: int) -> list[Path]:
     """The checkpoints after `step`: a run that goes on from there leaves them behind."""
-    return [p for p in list_checkpoints(output_dir) if int(p.name.removeprefix("checkpoint-")) > step]
+    return [path for path in list_checkpoints(output_dir) if _step_of(path) > step]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def replace_later(output_dir: Path, step: int) -> None:

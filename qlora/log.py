@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from qlora.errors import first_line
+
 
 class RunLog:
     """A progress bar and metrics.jsonl in `output_dir`; with a tracker, its copy of the same numbers.
@@ -93,14 +95,14 @@ class Wandb:
             try:
                 results.append(call(*arguments))
             except BaseException as error:  # wandb's client also raises SystemExit and KeyboardInterrupt
-                failures.append(str(error).strip() or type(error).__name__)
+                failures.append(first_line(error))
 
         thread = threading.Thread(target=guarded, daemon=True)
         thread.start()
         thread.join(self.seconds + 5)
         if results:
             return results[0]
-        reason = failures[0].splitlines()[0] if failures else "no answer"
+        reason = failures[0] if failures else "no answer"
         tqdm.write(
             f"wandb could not {what} ({reason}): training goes on without it, metrics.jsonl has all numbers"
         )

@@ -164,8 +164,8 @@ def _read_json(path: Path) -> Iterator[LocatedRow]:
     try:
         content = json.loads(text, strict=False)
     except (ValueError, RecursionError) as error:
-        first_line = text.lstrip().splitlines()[0]
-        if first_line.startswith("{") and first_line.rstrip().endswith("}"):  # json lines under another name
+        start = text.lstrip().splitlines()[0]
+        if start.startswith("{") and start.rstrip().endswith("}"):  # json lines under another name
             yield from _read_jsonl(path)
             return
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
@@ -209,7 +209,7 @@ def _read_parquet(path: Path) -> Iterator[LocatedRow]:
                 number += 1
                 yield f"{path} row {number}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path} cannot be read as parquet: {first_line(error)}") from error
 
 
 def _read_txt(path: Path) -> Iterator[LocatedRow]:

@@ -366,30 +366,10 @@ def test_the_format_of_the_training_is_kept_beside_the_adapter(base, tmp_path):
 def test_the_chat_answers_until_the_input_ends(adapter, base):
     _, folder = adapter
     question = ROWS[0]["prompt"]
-    result = command(
-        "--model",
-        base,
-        "--adapter",
-        folder,
-        "--dtype",
-        "float32",
-        "--max_new_tokens",
-        "30",
-        input=f"{question}\n",
-    )
+    flags = ["--model", base, "--adapter", folder, "--dtype", "float32", "--max_new_tokens", "30"]
+    result = command(*flags, input=f"{question}\n")
     assert result.returncode == 0, result.stderr
-    alone = command(
-        "--model",
-        base,
-        "--adapter",
-        folder,
-        "--dtype",
-        "float32",
-        "--max_new_tokens",
-        "30",
-        "--prompt",
-        question,
-    )
+    alone = command(*flags, "--prompt", question)
     assert alone.stdout.strip() and alone.stdout.strip() in result.stdout
 
 
