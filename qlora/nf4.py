@@ -1,0 +1,191 @@
+"""The frozen 4-bit linear layer as an opaque operation over one dequantization kernel in Triton.
+
+bitsandbytes takes three launches to dequantize; here one kernel writes the 16-bit weight. As autograd and the
+compiler cannot look into the operation, nothing but the packed weight is ever kept for the backward pass,
+which dequantizes it again.
+"""
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from torch.nn.functional import linear
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch builds for the CPU come without it
+    triton = None
+
+TILE = 2048  # packed bytes, two weights each, that one program of the kernel reads (or one block, if larger)
+
+if triton is not None:
+
+    @triton.jit
+    def _dequantize_kernel(
+        packed, absmax, constants, weight, numel,
+        BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND_TO: tl.constexpr, BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        """weight = code[nibble] * absmax[block of BLOCK weights], the high nibble of a byte first.
+
+        With double quantization (NESTED_BLOCK > 0) absmax holds bytes, and what it stands for is
+        nested_code[byte] * nested_absmax[block // NESTED_BLOCK] + offset (arXiv 2305.14314, section 3).
+        `constants` are code (16 of them), then nested_code (256), offset (1) and nested_absmax, all float32.
+        """
+        block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+        is_block = block * BLOCK < numel
+        scale = tl.load(absmax + block, mask=is_block, other=0)
+        if NESTED_BLOCK:
+            nested_absmax = tl.load(constants + 273 + block // NESTED_BLOCK, mask=is_block, other=0.0)
+            scale = tl.load(constants + 16 + scale.to(tl.int32)) * nested_absmax + tl.load(constants + 272)
+        index = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        byte = tl.load(packed + index, mask=2 * index < numel, other=0).to(tl.int32)
+        first = tl.load(constants + (byte >> 4)) * scale[:, None]
+        second = tl.load(constants + (byte & 15)) * scale[:, None]
+        value = tl.interleave(first, second).to(ROUND_TO)  # to the type that the weights had before
+        out = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(weight + out, value.to(weight.dtype.element_ty), mask=out < numel)
+
+    TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def dequantize(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    constants: torch.Tensor,
+    blocks: list[int],
+    round_to: torch.dtype,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weight of `shape` in `dtype`, bit for bit that of bitsandbytes' dequantize_4bit.
+
+    The first five are plain_state's: `packed` holds two weights a byte, `absmax` the scale of each block of
+    blocks[0] weights (with double quantization as bytes, whose own scales are shared by blocks[1] of them);
+    for `constants` see the kernel. `round_to` is the type that was quantized, to which bitsandbytes rounds.
+    """
+    weight = torch.empty(shape, dtype=dtype, device=packed.device)
+    numel = weight.numel()
+    tile = max(2 * TILE // blocks[0], 1)
+    _dequantize_kernel[(triton.cdiv(numel, tile * blocks[0]),)](
+        packed, absmax, constants, weight, numel, *blocks, TRITON_TYPE[round_to], tile,
+        enable_fp_fusion=False,  # bitsandbytes rounds between the product and the sum
+    )  # fmt: skip
+    return weight
+
+
+def plain_state(weight: bnb.nn.Params4bit) -> tuple:
+    """(packed, absmax, constants, blocks, round_to) of a quantized weight, as dequantize takes them."""
+    state, nested = weight.quant_state, weight.quant_state.state2
+    # The values of the 16 codes, asked of bitsandbytes: 0 and 1 in the first byte, 2 and 3 in the second, ...
+    codes = torch.arange(0x01, 0x100, 0x22, dtype=torch.uint8, device=weight.device)[:, None]
+    ones = QuantState(
+        absmax=torch.ones(1, device=weight.device), shape=torch.Size([16]), dtype=torch.float32, blocksize=64,
+        quant_type=state.quant_type,
+    )  # fmt: skip
+    constants, blocks = [dequantize_4bit(codes, ones)], [state.blocksize, 0]
+    if nested is not None:
+        constants += [nested.code, state.offset, nested.absmax]
+        blocks[1] = nested.blocksize
+    constants = torch.cat([part.flatten().float() for part in constants])
+    return weight.detach().view(torch.uint8).flatten(), state.absmax, constants, blocks, state.dtype
+
+
+_STATE = "Tensor packed, Tensor absmax, Tensor constants, int[] blocks, ScalarType round_to"  # plain_state's
+torch.library.define("qlora::linear_4bit", f"(Tensor x, {_STATE}, Tensor? bias, int out_features) -> Tensor")
+torch.library.define("qlora::linear_4bit_backward", f"(Tensor grad, {_STATE}, int in_features) -> Tensor")
+
+
+@torch.library.impl("qlora::linear_4bit", "CUDA")
+def _linear(x, packed, absmax, constants, blocks, round_to, bias, out_features):
+    shape = (out_features, x.shape[-1])
+    return linear(x, dequantize(packed, absmax, constants, blocks, round_to, shape, x.dtype), bias)
+
+
+@torch.library.impl("qlora::linear_4bit_backward", "CUDA")
+def _linear_backward(grad, packed, absmax, constants, blocks, round_to, in_features):
+    shape = (grad.shape[-1], in_features)
+    return grad @ dequantize(packed, absmax, constants, blocks, round_to, shape, grad.dtype)
+
+
+@torch.library.register_fake("qlora::linear_4bit")
+def _linear_shape(x, packed, absmax, constants, blocks, round_to, bias, out_features):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("qlora::linear_4bit_backward")
+def _linear_backward_shape(grad, packed, absmax, constants, blocks, round_to, in_features):
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x @ weight.T + bias and its gradient. The two operations are opaque to the compiler: it would see that
+    both dequantize the same weight, and keep it in between."""
+
+    @staticmethod
+    def forward(ctx, x, packed, absmax, constants, blocks, round_to, bias, out_features):
+        ctx.save_for_backward(packed, absmax, constants)  # not x: the weight is frozen
+        ctx.blocks, ctx.round_to, ctx.in_features = blocks, round_to, x.shape[-1]
+        return torch.ops.qlora.linear_4bit(x, packed, absmax, constants, blocks, round_to, bias, out_features)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = torch.ops.qlora.linear_4bit_backward(
+            grad, *ctx.saved_tensors, ctx.blocks, ctx.round_to, ctx.in_features
+        )
+        return grad, None, None, None, None, None, None, None
+
+
+class FusedLinear4bit(bnb.nn.Linear4bit):
+    """A quantized Linear4bit whose forward is the operation above; made by fuse_linears alone.
+
+    It shares its memory with what it was: PEFT and checkpoints still find weight and quant_state.
+    """
+
+    def share_state(self) -> None:
+        """Lay the weight and its quantization state out as the operation takes them."""
+        packed, absmax, constants, self.blocks, self.round_to = plain_state(self.weight)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("absmax", absmax, persistent=False)
+        self.register_buffer("constants", constants, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) to (..., out_features), of x's dtype, computed in compute_dtype."""
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        out = _FrozenLinear.apply(
+            x.to(self.compute_dtype), self.packed, self.absmax, self.constants, self.blocks, self.round_to,
+            bias, self.out_features,
+        )  # fmt: skip
+        return out.to(x.dtype)
+
+
+def fuse_linears(model) -> str:
+    """Give the model's 4-bit linear layers the fused operation; returns a word on what they run on.
+
+    Chosen once, by trial: the first weight must come out as bitsandbytes dequantizes it, bit for bit.
+    Without CUDA or Triton, or if the trial fails, bitsandbytes' own path stays.
+    """
+    layers = [module for module in model.modules() if type(module) is bnb.nn.Linear4bit]
+    if not layers:
+        return "nothing in 4 bits"
+    if layers[0].weight.device.type != "cuda":
+        return "bitsandbytes"
+    if triton is None:
+        return "bitsandbytes (no Triton for the fused kernel)"
+    try:
+        is_same = _dequantizes_alike(layers[0])
+    except Exception as error:  # whatever a compiler that does not fit the card or the system throws
+        return f"bitsandbytes (the fused kernel fails here: {type(error).__name__})"
+    if not is_same:
+        return "bitsandbytes (the fused kernel gives other weights here)"
+    for layer in layers:
+        layer.__class__ = FusedLinear4bit
+        layer.share_state()
+    return "fused"
+
+
+@torch.no_grad()
+def _dequantizes_alike(layer: bnb.nn.Linear4bit) -> bool:
+    """Whether a layer's weight is the same by both ways; leaves the layer as it is."""
+    state, dtype = layer.weight.quant_state, layer.compute_dtype
+    ours = dequantize(*plain_state(layer.weight), state.shape, dtype)
+    return torch.equal(ours, dequantize_4bit(layer.weight, state).to(dtype))
