@@ -1,6 +1,9 @@
 """Attention that keeps packed rows apart: variable-length on CUDA, else SDPA's mask from the positions."""
 
+from functools import partial
+
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -13,6 +16,10 @@ except ImportError:  # torch before 2.10
     varlen_attn = None
 
 VARLEN = "qlora_varlen"
+# For batches of one shape. cuDNN's is the fastest on Hopper, but takes long to prepare for each new shape.
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
 # Of the hidden states' norm. On a 4-bit model of Llama-2-7B's shape bfloat16 alone makes 0.03 to 0.04,
 # wrong positions make 1.3.
 TOLERANCE = 0.1
@@ -56,45 +63,61 @@ def _has_attention_dropout(config) -> bool:
 
 @torch.no_grad()
 def rows_are_apart(causal_lm, choice: str, usual: str, autocast) -> bool:
-    """Whether two packed rows are with attention `choice` what each is alone with the `usual` one, and the
-    second ignores the first's tokens to the last bit."""
+    """Whether packed rows are with attention `choice` what each is alone with the `usual` one, and ignore
+    each other's tokens to the last bit."""
     first, other, second = torch.arange(18).split([5, 5, 8])
 
     def hidden(*rows: torch.Tensor, pack_length: int | None) -> torch.Tensor:
         batch = to_device(collate([[(row, row) for row in rows]], 0, pack_length), causal_lm.device)
         with autocast():
-            output = causal_lm.get_decoder()(**attention_inputs(batch), use_cache=False)
+            output = causal_lm.get_decoder()(**attention_inputs(causal_lm, batch), use_cache=False)
         return output.last_hidden_state[0, : sum(map(len, rows))]
 
     causal_lm.set_attn_implementation(usual)
     alone = torch.cat([hidden(row, pack_length=None) for row in (first, second)]).float()
     causal_lm.set_attn_implementation(choice)
     packed, changed = hidden(first, second, pack_length=16), hidden(other, second, pack_length=16)
-    is_same = (packed.float() - alone).norm() < TOLERANCE * alone.norm()
-    return bool(is_same) and torch.equal(packed[len(first) :], changed[len(first) :])
+    single = hidden(second, pack_length=16)  # a row to a pack takes another way through the attention
+    difference = torch.cat([packed - alone, single - alone[len(first) :]]).norm()
+    return bool(difference < TOLERANCE * alone.norm()) and torch.equal(
+        packed[len(first) :], changed[len(first) :]
+    )
 
 
-def attention_inputs(batch: dict[str, torch.Tensor]) -> dict:
+def attention_inputs(causal_lm, batch: dict[str, torch.Tensor]) -> dict:
     """What of a batch goes into the model's forward: transformers' names for packed rows."""
     inputs = {"input_ids": batch["input_ids"]}
+    if causal_lm.config._attn_implementation == VARLEN:
+        # An empty mask: transformers hands one of 4 dimensions on as it is. Without it, it would look for
+        # packed rows in the positions, for which the host must wait for the device, and build a mask of them.
+        inputs["attention_mask"] = batch["input_ids"].new_empty((1, 1, 1, 0), dtype=torch.bool)
     if "position_ids" in batch:
         length = batch["input_ids"].shape[1]
-        inputs["position_ids"] = batch["position_ids"]
+        inputs |= {"position_ids": batch["position_ids"], "max_length_q": length, "max_length_k": length}
+    if "seq_starts" in batch:
         inputs |= {"cu_seq_lens_q": batch["seq_starts"], "cu_seq_lens_k": batch["seq_starts"]}
-        inputs |= {"max_length_q": length, "max_length_k": length}
     return inputs
 
 
-def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+def varlen_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs
+):
     """transformers' attention function over (batch, heads, length, head_dim) by torch's varlen_attn.
 
-    `cu_seq_lens_q` are the flat positions at which rows start. Without them (padded batches, generation) it
-    is SDPA. Raises ValueError for what varlen_attn does not know, before which choose_attention draws back.
+    `cu_seq_lens_q` are the flat positions at which rows start. Without them (a row to a sequence, generation)
+    it is SDPA, causal alone if the mask is attention_inputs' empty one. Raises ValueError for what
+    varlen_attn does not know, before which choose_attention draws back.
     """
     if any(kwargs.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
         raise ValueError("attention with more than a causal mask")
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        if attention_mask is not None and attention_mask.numel() == 0:
+            attention_mask = None
+        dense = partial(sdpa_attention_forward, module, query, key, value, attention_mask, scaling=scaling)
+        if max_length_q is None:
+            return dense(**kwargs)
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            return dense(**kwargs)
     batch, _, length, _ = query.shape
     groups = query.shape[1] // key.shape[1]
     query, key, value = (

@@ -1,12 +1,13 @@
 """Next-token cross-entropy, summed over the targets, without ever holding the logits of a whole batch."""
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from qlora.attention import attention_inputs
 
-CHUNK = 1024  # targets per piece: 1024 x 32,000 float32 logits are 131 MB
+LOGITS = 2**24  # of a chunk of targets: 67 MB in float32, and half of that twice in 16 bits
+MIN_CHUNK = 256  # fewer targets would leave the head's matrix products too thin
 
 
 def next_token_loss(model, batch: dict[str, torch.Tensor], plain_head: bool) -> torch.Tensor:
@@ -14,25 +15,62 @@ def next_token_loss(model, batch: dict[str, torch.Tensor], plain_head: bool) -> 
     targets.
 
     `batch` is collate()'s. With `plain_head` (see has_plain_head) the head runs only on the hidden states
-    that predict a target, a chunk at a time, and each chunk's logits are computed again in the backward pass.
-    Other models take the general path through their own forward, which holds the logits.
+    that predict a target, and a chunk at a time. Other models take the general path through their own
+    forward, which holds the logits.
     """
     causal_lm = model.get_base_model()
     if not plain_head:
-        logits = causal_lm(**attention_inputs(batch), use_cache=False).logits
+        logits = causal_lm(**attention_inputs(causal_lm, batch), use_cache=False).logits
         logits = logits.flatten(0, 1).index_select(0, batch["target_index"])
         return cross_entropy(logits.float(), batch["target_ids"], reduction="sum")
-    hidden = causal_lm.get_decoder()(**attention_inputs(batch), use_cache=False).last_hidden_state
+    hidden = causal_lm.get_decoder()(**attention_inputs(causal_lm, batch), use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1).index_select(0, batch["target_index"])
     head = causal_lm.get_output_embeddings()
+    if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
+        return FrozenHeadLoss.apply(hidden, head.weight, batch["target_ids"])
     total = hidden.new_zeros((), dtype=torch.float32)
-    for hidden_chunk, target_chunk in zip(hidden.split(CHUNK), batch["target_ids"].split(CHUNK)):
-        total = total + checkpoint(_head_loss, head, hidden_chunk, target_chunk, use_reentrant=False)
+    for rows in _chunks(len(hidden), head.weight.shape[0]):
+        total += checkpoint(_head_loss, head, hidden[rows], batch["target_ids"][rows], use_reentrant=False)
     return total
 
 
 def _head_loss(head, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
     return cross_entropy(head(hidden).float(), target_ids, reduction="sum")
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of hidden @ weight.T, for (n, d) hidden states, (vocabulary, d) weight, (n,) ids.
+
+    As the weight is frozen, the gradient of the hidden states is all that the backward pass has to hand on:
+    it is formed here, chunk by chunk beside the loss (softmax - one-hot, times the weight), and no logits
+    are kept or computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in _chunks(len(hidden), len(weight)):
+            ids = target_ids[rows, None]
+            log_probabilities = log_softmax(hidden[rows] @ weight.T, dim=1, dtype=torch.float32)
+            chosen = log_probabilities.gather(1, ids)
+            total -= chosen.sum()
+            if gradient is not None:
+                difference = log_probabilities.exp_().scatter_add_(1, ids, torch.full_like(chosen, -1.0))
+                gradient[rows] = difference.to(hidden.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: torch.Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_total.to(gradient.dtype), None, None
+
+
+def _chunks(targets: int, vocabulary: int) -> list[slice]:
+    """The targets in slices that keep their logits small."""
+    size = max(LOGITS // vocabulary, MIN_CHUNK)
+    return [slice(start, start + size) for start in range(0, targets, size)]
 
 
 @torch.no_grad()

@@ -55,7 +55,8 @@ def rows():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradient_are_those_of_the_model_itself(name, monkeypatch):
-    monkeypatch.setattr(qlora.loss, "CHUNK", 7)  # several chunks, the last one short
+    monkeypatch.setattr(qlora.loss, "LOGITS", 7 * 128)  # several chunks of 7, the last one short
+    monkeypatch.setattr(qlora.loss, "MIN_CHUNK", 1)
     config, is_plain = MODELS[name]
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_config(config)
