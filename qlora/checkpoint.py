@@ -78,17 +78,19 @@ def save_checkpoint(
     """Write checkpoint-N for the step in `progress`, then remove all but the newest `keep` (0: keep all).
 
     The folder gets its name only when it is complete, so a listed checkpoint is a whole one. `names` are the
-    trained parameters' names in the optimizer's order; `config` is stored for the reader.
+    trained parameters' names, in the order in which the optimizer's vector holds them; `config` is stored for
+    the reader.
     """
     folder = output_dir / f"checkpoint-{progress.step}"
     staging = output_dir / f"checkpoint-{progress.step}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     save_adapter(staging, model, tokenizer, settings)
-    tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(optimizer, names).items()}
+    tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(optimizer).items()}
     save_file({**tensors, **_rng_tensors()}, staging / STATE_TENSORS)
     version, numbers, gauss = random.getstate()
     state = {
         "progress": asdict(progress),
+        "parameters": names,
         "scaler": scaler.state_dict(),
         "python_rng": [version, list(numbers), gauss],
         "config": config,
@@ -163,9 +165,10 @@ def load_checkpoint(folder: Path, model, optimizer, scaler, names: list[str]) ->
             f"the adapter in {folder} has other shapes than this run: {str(error).splitlines()[-1].strip()}"
         ) from error
     try:
+        if state["parameters"] != names:
+            raise InputError(f"{folder} lists its weights in another order: it is of other library versions")
         restore_optimizer(
             optimizer,
-            names,
             {
                 key.removeprefix("optimizer/"): value
                 for key, value in tensors.items()

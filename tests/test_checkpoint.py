@@ -11,18 +11,17 @@ from safetensors.torch import load_file, save_file
 from qlora.adapter import ADAPTER
 from qlora.checkpoint import STATE, Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from qlora.errors import InputError
-from qlora.optim import build_optimizer
+from qlora.model import load_tokenizer, trainable_weights
+from qlora.optim import FlatParameters, build_optimizer
 
 
 @pytest.fixture
 def trained(run):
     """(model, tokenizer, optimizer, scaler, names, folder) after two steps."""
     model, folder = run("--max_steps 2 --save_steps 1")
-    from qlora.model import load_tokenizer
-
-    names, parameters = zip(*[(name, p) for name, p in model.named_parameters() if p.requires_grad])
-    optimizer = build_optimizer("adamw_8bit", parameters, 0.0, (0.9, 0.999), 1e-8)
-    return model, load_tokenizer(str(folder)), optimizer, torch.amp.GradScaler("cpu"), names, folder
+    names, parameters = zip(*trainable_weights(model))
+    optimizer = build_optimizer("adamw_8bit", FlatParameters(parameters).vector, 0.0, (0.9, 0.999), 1e-8)
+    return model, load_tokenizer(str(folder)), optimizer, torch.amp.GradScaler("cpu"), list(names), folder
 
 
 def save(trained, step: int, keep: int = 0):
