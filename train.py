@@ -4,6 +4,7 @@ The whole run in the order it happens: train() sets up, then loops. Flags: qlora
 """
 
 import dataclasses
+import gc
 import math
 import shlex
 import sys
@@ -31,20 +32,25 @@ from qlora.config import TrainConfig, parse_args
 from qlora.data import WINDOW_ROWS, load_data, to_device
 from qlora.errors import InputError
 from qlora.evaluate import evaluate_loss
-from qlora.loader import make_loader
+from qlora.layers import decoder_layers
+from qlora.loader import make_loader, make_order
 from qlora.log import RunLog, Wandb, start_screen
 from qlora.loss import has_plain_head, next_token_loss
-from qlora.model import base_memory_bytes, check_gradients, load_base, prepare_for_training, quantized_share
-from qlora.optim import build_optimizer, lr_at
+from qlora.memory import GB, Plan, Rehearsal, plan_layers
+from qlora.model import base_memory_bytes, check_gradients, load_base, quantized_share, trainable_weights
+from qlora.nf4 import fuse_linears
+from qlora.optim import FlatParameters, build_optimizer, lr_at
 from qlora.report import data_report, report_data, short_report
 
 
 def train(config: TrainConfig):
     """Run a whole training; returns the trained model. Raises InputError for what the user can put right."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device_flags(config, device)
     output_dir = Path(config.output_dir)
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
-    check_output_dir(output_dir, config, checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not config.plan_only:
+        check_output_dir(output_dir, config, checkpoint)
     dtype = getattr(torch, config.dtype)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -73,16 +79,40 @@ def train(config: TrainConfig):
             base, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules,
             config.use_rslora, config.use_dora,
         )  # fmt: skip
-    trainable = prepare_for_training(model, config.gradient_checkpointing == "all")
-    names, parameters = zip(*trainable)
-    pack_length = train_rows.max_length if config.packing and choose_attention(model, autocast) else None
+    model.train()
+    trainable = trainable_weights(model)
+    names = [name for name, _ in trainable]
+    kernels = fuse_linears(model) if config.fused_4bit else "bitsandbytes"
+    pack_length = train_rows.max_length if choose_attention(model, autocast) and config.packing else None
     plain_head = has_plain_head(model)
+    flat = FlatParameters([parameter for _, parameter in trainable])
     betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = build_optimizer(config.optim, parameters, config.weight_decay, betas, config.adam_epsilon)
+    optimizer = build_optimizer(config.optim, flat.vector, config.weight_decay, betas, config.adam_epsilon)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    order = make_order(config, pack_length, train_rows)
+    longest = train_rows.max_length if config.streaming else int(train_rows.lengths.max())
+    shape = order.batch_shape(config.per_device_train_batch_size, longest)
+
+    # The worst step first, before any that counts: it compiles, and it finds what the card has room for.
+    started = time.perf_counter()
+    rehearsal = Rehearsal(
+        model, decoder_layers(model), flat, optimizer, autocast, plain_head,
+        compile=device.type == "cuda" if config.compile is None else config.compile,
+        shape=shape,
+        accumulates=config.gradient_accumulation_steps > 1,
+        is_dynamic=not shape.is_packed,
+    )  # fmt: skip
+    plan = plan_layers(
+        rehearsal, config.gradient_checkpointing, config.offload_activations, config.memory_limit_gb
+    )
+    print(describe_step(rehearsal, plan, kernels, time.perf_counter() - started))
+    if config.plan_only:
+        return model
+
     progress = load_checkpoint(checkpoint, model, optimizer, scaler, names) if checkpoint else Progress()
     loader, total_steps = make_loader(
-        config, tokenizer, model_config, train_rows, pack_length, progress.place
+        config, tokenizer, model_config, train_rows, order, shape, progress.place
     )
     warmup_steps = config.warmup_steps or min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
     first_step = progress.step
@@ -110,6 +140,7 @@ def train(config: TrainConfig):
         run_name = config.run_name or output_dir.name
         tracker = Wandb(output_dir, run_name, dataclasses.asdict(config), is_resumed=checkpoint is not None)
     log = RunLog(output_dir, total_steps, first_step, tracker)
+    gc.freeze()  # all there is now lives as long as the run: the collector need not stop a step to look at it
 
     for step in range(first_step, total_steps):
         started = time.perf_counter()
@@ -119,7 +150,7 @@ def train(config: TrainConfig):
 
         # All micro-batches first: the loss is a mean over every target of the step, so their number must be
         # known before the first backward. A mean of micro-batch means would weigh short answers too heavily.
-        data = loader.step(step)
+        data = loader.take(step)
         waited = time.perf_counter() - started
         targets = sum(len(batch["target_ids"]) for batch in data.batches)
         step_loss = torch.zeros((), device=device)
@@ -128,12 +159,15 @@ def train(config: TrainConfig):
                 loss = next_token_loss(model, to_device(batch, device), plain_head) / targets
             scaler.scale(loss).backward()  # scaled: small float16 gradients would underflow to 0
             step_loss += loss.detach()  # stays on the device: .item() here would wait for it
+        loader.prepare(step + 1)  # in a thread, now that the device has enough to do
 
-        scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
-        grad_norm = clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-        step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()  # the host waits for the device
         if step == first_step:
             check_gradients(trainable)
+        flat.gather_gradients()
+        scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
+        grad_norm = clip_grad_norm_(flat.vector, config.max_grad_norm or math.inf)
+        step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()  # the host waits for the device
+        if step == first_step:
             replace_later(output_dir, first_step)  # only now: nothing given can be wrong any more
             log.begin()
         # One bad row or an overflow must not reach the weights, nor the optimizer's averages, in any dtype.
@@ -157,10 +191,22 @@ def train(config: TrainConfig):
 
     save_final_adapter(output_dir, model, tokenizer, settings)
     log.close()
+    if plan.peak_bytes:
+        peak = torch.cuda.max_memory_allocated()
+        print(f"peak memory {peak / GB:.2f} GB, rehearsed {plan.peak_bytes / GB:.2f} GB")
     ask = ["generate.py", "--model", config.model, "--adapter", config.output_dir]
     ask += ["--trust_remote_code"] * config.trust_remote_code
     print(f'adapter saved in {output_dir}; ask it: python {shlex.join(ask)} --prompt "..."')
     return model
+
+
+def check_device_flags(config: TrainConfig, device: torch.device) -> None:
+    """Refuse, without a card, what only means something on one."""
+    if device.type == "cpu":
+        given = {"plan_only": config.plan_only, "memory_limit_gb": config.memory_limit_gb is not None}
+        given["offload_activations on"] = config.offload_activations == "on"
+        for name in (name for name, is_given in given.items() if is_given):
+            raise InputError(f"--{name} needs a CUDA device, and there is none here")
 
 
 def check_output_dir(output_dir: Path, config: TrainConfig, checkpoint: Path | None) -> None:
@@ -181,6 +227,18 @@ def check_output_dir(output_dir: Path, config: TrainConfig, checkpoint: Path | N
             pass
     except OSError as error:
         raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
+
+
+def describe_step(rehearsal: Rehearsal, plan: Plan, kernels: str, seconds: float) -> str:
+    """The start screen's lines on speed and memory."""
+    compiled = "compiled" if rehearsal.compile else "not compiled"
+    facts = {"layers": f"{plan.describe()}; {compiled}; 4-bit weights by {kernels}"}
+    if plan.peak_bytes:
+        facts["memory"] = (
+            f"{plan.peak_bytes / GB:.2f} GB at the peak of a step, {plan.limit_bytes / GB:.2f} GB are there "
+            f"(rehearsed in {seconds:.1f} s)"
+        )
+    return start_screen(**facts)
 
 
 def describe_run(config, model, loader, total_steps, checkpoint, replaced) -> str:

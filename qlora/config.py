@@ -187,12 +187,37 @@ class TrainConfig:
         "Clip the gradient to this norm; 0 turns clipping off. 0.3 as in QLoRA (arXiv 2305.14314, appendix "
         "B).",
     )
-    gradient_checkpointing: Literal["all", "none"] = flag(
-        "all",
-        "Recompute each layer's activations in the backward pass instead of keeping them: one more forward, "
-        "memory for one layer (arXiv 1604.06174). none is a third faster if it fits.",
-    )
     seed: int = flag(42, "Seed of LoRA's start, the row order, the held-out rows and dropout.")
+
+    # Speed and memory
+    gradient_checkpointing: str = flag(
+        "auto",
+        "Layers that keep only their input and are computed again in the backward pass (arXiv 1604.06174): "
+        "all, none, a number of them, or auto: the fewest with which a step fits the card, measured at the "
+        "start.",
+    )
+    offload_activations: Literal["auto", "on", "off"] = flag(
+        "auto",
+        "Keep the inputs of checkpointed layers in host memory until their backward pass. auto: where a step "
+        "does not fit the card otherwise.",
+    )
+    memory_limit_gb: float | None = flag(
+        None, "Plan for, and never take more than, this much memory (2^30 bytes), as on a smaller card."
+    )
+    plan_only: bool = flag(False, "Print what a step needs and which layers are checkpointed, and end.")
+    compile: bool | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Compile the decoder layers, each by itself. Default: with CUDA. What cannot be compiled "
+            "runs as it is.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    fused_4bit: bool = flag(
+        True,
+        "On CUDA, dequantize in one kernel instead of bitsandbytes' three: the same weights to the last bit.",
+    )
 
     # Evaluation, logging, saving
     per_device_eval_batch_size: int = flag(8, "Rows in one forward pass of an evaluation.")
@@ -233,6 +258,15 @@ class TrainConfig:
         _require(self, "seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
         _require(self, "max_steps", lambda value: value == -1 or value >= 1, "-1 (off) or at least 1")
         _require_max_length(self.max_length)
+        if self.gradient_checkpointing not in ("auto", "all", "none") and not re.fullmatch(
+            "[0-9]+", self.gradient_checkpointing
+        ):
+            raise ValueError(
+                "--gradient_checkpointing must be auto, all, none or a number of layers, not "
+                f"{self.gradient_checkpointing}"
+            )
+        if self.memory_limit_gb is not None:
+            _require(self, "memory_limit_gb", lambda value: value > 0, "above 0")
         _require_split("split", self.split)
         if self.validation_split and self.held_out is None:
             _require_split("validation_split", self.validation_split)
@@ -294,9 +328,10 @@ class TrainConfig:
                 "is fixed by the adapter given with --adapter",
             )
         if not self.load_in_4bit:
-            _refuse(
-                given, "bnb_4bit_quant_type bnb_4bit_use_double_quant", "means nothing with --no_load_in_4bit"
-            )
+            names = "bnb_4bit_quant_type bnb_4bit_use_double_quant fused_4bit"
+            _refuse(given, names, "means nothing with --no_load_in_4bit")
+        if self.gradient_checkpointing in ("none", "0") and self.offload_activations == "on":
+            raise ValueError("--offload_activations on needs checkpointed layers: it keeps their inputs")
         if not (self.validation_split or self.validation_dataset):
             _refuse(
                 given,
@@ -406,6 +441,10 @@ def parse_args(config_class, argv: list[str] | None = None, defaults: dict | Non
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _OneLineParser(config_class, allow_abbrev=False, formatter_class=_Help)
+    for field in dataclasses.fields(config_class):
+        if field.type == bool | None:  # HfArgumentParser gives only those that are on an opposite
+            off = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
+            parser.add_argument(*off, dest=field.name, action="store_false", help="")
     default_flags = [f"--{name}={value}" for name, value in (defaults or {}).items()]
     values = vars(parser.parse_args([*default_flags, *argv]))
     words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]

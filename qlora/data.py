@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -108,6 +108,16 @@ def check_vocabulary(rows: TokenizedRows, vocab_size: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class BatchShape:
+    """The shape of a run's micro-batches; those of padded rows may be shorter."""
+
+    packs: int
+    length: int  # tokens of a pack, or of the longest row
+    is_packed: bool
+    starts: int  # entries of seq_starts; 0 if no pack has several rows
+
+
 class StepOrder:
     """Which packs of rows each optimizer step takes: a pure function of (seed, epoch, step), whatever the
     micro-batch size.
@@ -151,6 +161,18 @@ class StepOrder:
         if self.pack_length is None:
             packs = sorted(packs, key=lambda pack: -self.lengths[pack[0]])
         return packs
+
+    def batch_shape(self, packs: int, max_length: int) -> BatchShape:
+        """The shape of micro-batches of so many packs; rows may come to have `max_length` tokens."""
+        if self.pack_length is None:
+            return BatchShape(packs, max_length, False, 0)
+        rows = np.array([len(pack) for pack in self._packs_of(0)])
+        if rows.max() == 1:
+            return BatchShape(packs, self.pack_length, True, 0)
+        rows.resize(-(-len(rows) // packs), packs)  # filled up with empty packs
+        most = (rows.sum(axis=1) + packs).max() + 1  # each pack's padding counts as a row, and the end
+        # Other epochs are packed anew: with a quarter more, and up to a power of two, theirs fit too.
+        return BatchShape(packs, self.pack_length, True, 2 ** math.ceil(math.log2(1.25 * most)))
 
     def settings(self) -> dict:
         """What decides which rows a step takes, besides the rows themselves."""
@@ -228,19 +250,29 @@ class StepOrder:
 
 
 def micro_batches(
-    rows: TokenizedRows, packs: list[list[int]], batch_size: int, pad_id: int, pack_length: int | None = None
+    rows: TokenizedRows,
+    packs: list[list[int]],
+    batch_size: int,
+    pad_id: int,
+    pack_length: int | None = None,
+    starts: int = 0,
 ) -> list[dict]:
-    """The packs of one step as batches of at most `batch_size` packs, in the order given."""
+    """The packs of one step as batches of `batch_size` packs, in the order given; the last batch is filled up
+    with empty ones, so that shapes repeat."""
     found = iter(rows.fetch([index for pack in packs for index in pack]))
     filled = [[next(found) for _ in pack] for pack in packs]
+    filled += [[] for _ in range(-len(filled) % batch_size)]
     return [
-        collate(filled[start : start + batch_size], pad_id, pack_length)
+        collate(filled[start : start + batch_size], pad_id, pack_length, starts)
         for start in range(0, len(filled), batch_size)
     ]
 
 
 def collate(
-    packs: list[list[tuple[torch.Tensor, torch.Tensor]]], pad_id: int, pack_length: int | None = None
+    packs: list[list[tuple[torch.Tensor, torch.Tensor]]],
+    pad_id: int,
+    pack_length: int | None = None,
+    starts: int = 0,
 ) -> dict[str, torch.Tensor]:
     """One batch of packs of (input_ids, labels) rows, padded on the right to a multiple of PAD_MULTIPLE.
 
@@ -251,34 +283,38 @@ def collate(
 
     With `pack_length` all packs get that length, and two more tensors keep their rows apart: position_ids
     (packs, length), which start again at 0 with every row and with the padding, and seq_starts, the flat
-    positions where they do, filled up with packs * length to a power of two of entries: shapes repeat.
+    positions where they do, filled up with packs * length to at least `starts` entries: shapes repeat. With
+    `starts` 0, and no pack of two rows, there are no seq_starts: again, nothing has to be kept apart.
     """
     length = pack_length or max(sum(len(ids) for ids, _ in pack) for pack in packs)
     length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
     input_ids = torch.full((len(packs), length), pad_id)
     labels = torch.full((len(packs), length), IGNORE_INDEX)
-    starts = []
+    row_starts = []
     for number, pack in enumerate(packs):
         position = 0
         for row_ids, row_labels in pack:
-            starts.append(number * length + position)
+            row_starts.append(number * length + position)
             input_ids[number, position : position + len(row_ids)] = row_ids
             labels[number, position : position + len(row_ids)] = row_labels
             position += len(row_ids)
         if position < length:
-            starts.append(number * length + position)
+            row_starts.append(number * length + position)
     next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     target_index = (next_labels != IGNORE_INDEX).nonzero().squeeze(1)
     batch = {"input_ids": input_ids, "target_index": target_index, "target_ids": next_labels[target_index]}
-    if pack_length is not None:
-        starts = torch.tensor(starts)
-        total = len(packs) * length
-        lengths = torch.diff(starts, append=torch.tensor([total]))
-        positions = torch.arange(total) - starts.repeat_interleave(lengths)
-        entries = 2 ** len(starts).bit_length()  # at least one more than rows
-        batch["position_ids"] = positions.view(len(packs), length)
-        batch["seq_starts"] = torch.full((entries,), total, dtype=torch.int32)
-        batch["seq_starts"][: len(starts)] = starts
+    if pack_length is None:
+        return batch
+    if not starts and max(map(len, packs)) <= 1:
+        batch["position_ids"] = torch.arange(length).expand(len(packs), length).contiguous()
+        return batch
+    total = len(packs) * length
+    row_starts = torch.tensor(row_starts, dtype=torch.int32)
+    lengths = torch.diff(row_starts, append=torch.tensor([total], dtype=torch.int32))
+    positions = torch.arange(total) - row_starts.repeat_interleave(lengths)
+    batch["position_ids"] = positions.view(len(packs), length)
+    batch["seq_starts"] = torch.full((max(starts, len(row_starts) + 1),), total, dtype=torch.int32)
+    batch["seq_starts"][: len(row_starts)] = row_starts
     return batch
 
 

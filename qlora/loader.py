@@ -10,7 +10,7 @@ from threading import Thread
 import torch
 from tqdm import tqdm
 
-from qlora.data import WINDOW_ROWS, StepOrder, check_vocabulary, micro_batches
+from qlora.data import WINDOW_ROWS, BatchShape, StepOrder, check_vocabulary, micro_batches
 from qlora.errors import InputError
 from qlora.rows import LocatedRow, RowSource
 from qlora.tokens import TokenizedRows, tokenize_window
@@ -27,34 +27,38 @@ class Step:
 
 
 class StepLoader:
-    """Makes the batches of the next step in a thread while the current one is computed."""
+    """Makes the batches of a step, ahead of it in a thread."""
 
-    def __init__(self, rows: TokenizedRows, order: StepOrder, batch_size: int, pad_id: int, last_step: int):
-        self.rows, self.order, self.batch_size, self.pad_id = rows, order, batch_size, pad_id
+    def __init__(self, rows: TokenizedRows, order: StepOrder, shape: BatchShape, pad_id: int, last_step: int):
+        self.rows, self.order, self.shape, self.pad_id = rows, order, shape, pad_id
         self.last_step = last_step
-        self.next = (None, None)  # its number, and the Step to come
+        self.next = (None, None)  # the number of the step that is being made, and the Step to come
 
     def settings(self) -> dict:
         """What a resume must find as it was: with it, the step says which rows come."""
         return {"streaming": False, **self.order.settings()}
 
-    def step(self, step: int) -> Step:
-        number, coming = self.next
-        if number != step:
-            coming = in_background(self.make, step)
-        made = coming.result()  # before the next is begun: make() runs once at a time
-        if step + 1 < self.last_step:
-            self.next = step + 1, in_background(self.make, step + 1)
-        return made
+    def prepare(self, step: int) -> None:
+        """Begin to make a step; the one before must have been taken, as make() runs once at a time."""
+        if step < self.last_step:
+            self.next = step, in_background(self.make, step)
+
+    def take(self, step: int) -> Step:
+        """A step, which is waited for if it is not ready."""
+        if self.next[0] != step:
+            self.prepare(step)
+        return self.next[1].result()
 
     def make(self, step: int) -> Step:
         """The batches of a step."""
-        packs = self.order.packs(step)
-        batches = micro_batches(self.rows, packs, self.batch_size, self.pad_id, self.order.pack_length)
+        order, packs = self.order, self.order.packs(step)
+        batches = micro_batches(
+            self.rows, packs, self.shape.packs, self.pad_id, order.pack_length, self.shape.starts
+        )
         if torch.cuda.is_available():
             batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
-        tokens = sum(int(self.order.lengths[pack].sum()) for pack in packs)
-        return Step(batches, tokens, self.order.epochs_at(step + 1))
+        tokens = sum(int(order.lengths[pack].sum()) for pack in packs)
+        return Step(batches, tokens, order.epochs_at(step + 1))
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class StreamLoader(StepLoader):
 
     Each window is a small epoch: shuffled, packed and cut into steps by itself, so that a step is a function
     of seed and Place. The next window is read and tokenized by a second thread. `tokenize` makes rows ready
-    for training, `order` makes the StepOrder of (lengths, seed=...).
+    for training, `order` makes the StepOrder of (rows, seed=...).
     """
 
     def __init__(
@@ -80,12 +84,12 @@ class StreamLoader(StepLoader):
         tokenize: Callable[[list[LocatedRow]], TokenizedRows],
         order: Callable[..., StepOrder],
         seed: int,
-        batch_size: int,
+        shape: BatchShape,
         pad_id: int,
         last_step: int,
         place: Place,
     ):
-        super().__init__(None, None, batch_size, pad_id, last_step)
+        super().__init__(None, None, shape, pad_id, last_step)
         self.source, self.tokenize, self.make_order, self.seed = source, tokenize, order, seed
         self.windows = self._windows(place.turn, place.row)
         self.coming = in_background(next, self.windows)
@@ -106,7 +110,7 @@ class StreamLoader(StepLoader):
         self.rows, turn, row = self.coming.result()
         self.coming = in_background(next, self.windows)
         self.place = Place(turn, row, first_step)
-        self.order = self.make_order(self.rows.lengths, seed=(self.seed, turn, row))
+        self.order = self.make_order(self.rows, seed=(self.seed, turn, row))
 
     def _windows(self, turn: int, row: int) -> Iterator[tuple[TokenizedRows, int, int]]:
         """(rows, turn, row) of each window that has a usable row, from there on without end."""
@@ -139,18 +143,35 @@ def in_background(call: Callable, *arguments) -> Future:
     return future
 
 
+def make_order(
+    config, pack_length: int | None, rows: TokenizedRows, seed: int | tuple[int, ...] | None = None
+) -> StepOrder:
+    """The order in which a TrainConfig takes rows; `seed` in place of its own."""
+    return StepOrder(
+        rows.lengths,
+        config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        config.seed if seed is None else seed,
+        config.group_by_length,
+        pack_length,
+        rows.sources,
+        config.dataset_weights,
+    )
+
+
 def make_loader(
-    config, tokenizer, model_config, rows: TokenizedRows, pack_length: int | None, place: dict | None
+    config,
+    tokenizer,
+    model_config,
+    rows: TokenizedRows,
+    order: StepOrder,
+    shape: BatchShape,
+    place: dict | None,
 ) -> tuple[StepLoader, int]:
     """The loader for a TrainConfig, and the number of steps; `place` is the one of the checkpoint, if any."""
-    batch_size, pad_id = config.per_device_train_batch_size, tokenizer.eos_token_id
-    packs = batch_size * config.gradient_accumulation_steps
-    grouped = config.group_by_length
-    order = partial(StepOrder, packs_per_step=packs, group_by_length=grouped, pack_length=pack_length)
+    pad_id = tokenizer.eos_token_id
     if not config.streaming:
-        order = order(rows.lengths, seed=config.seed, sources=rows.sources, weights=config.dataset_weights)
         total_steps = config.max_steps if config.max_steps > 0 else order.steps_until(config.num_train_epochs)
-        return StepLoader(rows, order, batch_size, pad_id, total_steps), total_steps
+        return StepLoader(rows, order, shape, pad_id, total_steps), total_steps
 
     def tokenize(window: list[LocatedRow]) -> TokenizedRows:
         found = tokenize_window(
@@ -162,5 +183,6 @@ def make_loader(
 
     source = RowSource(config.dataset[0], config.split, config.dataset_config, streaming=True)
     place = Place(**(place or {}))
-    loader = StreamLoader(source, tokenize, order, config.seed, batch_size, pad_id, config.max_steps, place)
+    make = partial(make_order, config, order.pack_length)
+    loader = StreamLoader(source, tokenize, make, config.seed, shape, pad_id, config.max_steps, place)
     return loader, config.max_steps

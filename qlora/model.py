@@ -1,13 +1,9 @@
 """The frozen 4-bit base, its tokenizer, and what makes it ready for training."""
 
-from functools import partial
-
 import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.adapter import adapter_file
 from qlora.errors import InputError, first_line
@@ -82,22 +78,11 @@ def check_gradients(trainable: list[tuple[str, torch.nn.Parameter]]) -> None:
             )
 
 
-def prepare_for_training(model, gradient_checkpointing: bool) -> list[tuple[str, torch.nn.Parameter]]:
-    """Set training mode and checkpointing; return the trainable (name, parameter) pairs.
+def trainable_weights(model) -> list[tuple[str, torch.nn.Parameter]]:
+    """The trained (name, parameter) pairs, in the model's order.
 
-    peft.prepare_model_for_kbit_training is not used: it would cast norms, embeddings and head to float32
-    (about 0.5 GB more on 7B). Raises InputError if a trainable weight is not float32: float16 ones cannot be
-    unscaled.
+    Raises InputError if one is not float32: float16 ones cannot be unscaled.
     """
-    if gradient_checkpointing:
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        if not layers:
-            raise InputError("this model's layers cannot be checkpointed: use --gradient_checkpointing none")
-        for layer in layers:
-            layer.gradient_checkpointing = True
-            # Non-reentrant: the reentrant kind needs an input that requires a gradient.
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    model.train()
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name, parameter in trainable:
         if parameter.dtype != torch.float32:

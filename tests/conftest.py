@@ -108,6 +108,8 @@ def run(base, rows_file, tmp_path):
             argv[6:6] = ["--lora_dropout", "0"]
         if "--packing" not in flags:  # 42 short rows would be one or two packs
             argv[6:6] = ["--no_packing"]
+        if "--compile" not in flags:  # on a card it would take longer than the rest of a test
+            argv[6:6] = ["--no_compile"]
         return train.train(parse_args(TrainConfig, argv)), tmp_path / out
 
     return run

@@ -86,6 +86,7 @@ NUMBERS = {
     "adam_beta2": ["1", "1.5", "nan"],
     "adam_epsilon": ["0", "-1e-8", "nan", "inf"],
     "max_grad_norm": ["-0.1", "nan", "inf"],
+    "memory_limit_gb": ["0", "-8", "nan", "inf", "x"],
     "seed": ["-1", "1.5", "4294967296", DIGITS],  # above 2**32 - 1, numpy takes no seed
     "eval_steps": ["0", "-1"],
     "logging_steps": ["0", "-1"],
@@ -219,7 +220,7 @@ def test_the_defaults_are_the_qlora_recipe():
     assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (16, 16, 0.05)
     assert config.lora_target_modules == ["q_proj", "v_proj"]
     assert (config.learning_rate, config.lr_scheduler_type, config.warmup_ratio) == (2e-4, "cosine", 0.03)
-    assert (config.max_grad_norm, config.gradient_checkpointing) == (0.3, "all")
+    assert (config.max_grad_norm, config.gradient_checkpointing) == (0.3, "auto")
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 16
     assert config.dataset == ["timdettmers/openassistant-guanaco"]
 
@@ -245,6 +246,34 @@ def test_dashes_underscores_and_equals_signs_mean_the_same():
 )
 def test_a_boolean_can_be_written_in_many_ways(argv, value):
     assert parse(TrainConfig, *argv).load_in_4bit is value
+
+
+@pytest.mark.parametrize(
+    "argv, value",
+    [
+        ([], None),  # depends on the device
+        (["--compile"], True),
+        (["--compile", "true"], True),
+        (["--compile=false"], False),
+        (["--no_compile"], False),
+        (["--no-compile"], False),
+    ],
+)
+def test_a_boolean_that_is_left_open_by_default(argv, value):
+    assert parse(TrainConfig, *argv).compile is value
+
+
+@pytest.mark.parametrize("value", ["some", "-1", "1.5", "", "All", "²"])
+def test_checkpointing_takes_three_words_or_a_number(capsys, value):
+    assert "--gradient_checkpointing" in refusal(capsys, TrainConfig, f"--gradient_checkpointing={value}")
+    for right in ("auto", "all", "none", "0", "12"):
+        parse(TrainConfig, "--gradient_checkpointing", right)
+
+
+def test_flags_on_speed_that_would_be_ignored_are_refused(capsys):
+    flags = ["--gradient_checkpointing", "none", "--offload_activations", "on"]
+    assert "--offload_activations" in refusal(capsys, TrainConfig, *flags)
+    assert "--fused_4bit" in refusal(capsys, TrainConfig, "--no_load_in_4bit", "--fused_4bit")
 
 
 @pytest.mark.parametrize(

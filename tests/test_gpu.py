@@ -67,15 +67,15 @@ def test_restored_optimizer_state_continues_bit_by_bit_and_stays_paged(name):
 
     def fresh(value):
         parameter = torch.nn.Parameter(value.clone())
-        return parameter, build_optimizer(name, [parameter], 0.01, (0.9, 0.999), 1e-8)
+        return parameter, build_optimizer(name, parameter, 0.01, (0.9, 0.999), 1e-8)
 
     parameter, optimizer = fresh(start)
     middle = stepped(parameter, optimizer, gradients[:2])
-    saved = optimizer_tensors(optimizer, ["weight"])
+    saved = optimizer_tensors(optimizer)
     want = stepped(parameter, optimizer, gradients[2:])
 
     parameter, optimizer = fresh(middle)
-    restore_optimizer(optimizer, ["weight"], saved)
+    restore_optimizer(optimizer, saved)
     states = optimizer.state[parameter]
     if name.startswith("paged"):  # 160,000 elements: enough for bitsandbytes to page
         assert states["state1"].is_paged and states["state2"].is_paged
@@ -141,7 +141,7 @@ def test_a_changed_token_of_one_row_leaves_the_others_bit_identical():
     hidden = []
     for pack in (ROWS, changed):
         with torch.no_grad(), autocast():
-            inputs = attention_inputs(on_card([pack], pack_length=192))
+            inputs = attention_inputs(model.get_base_model(), on_card([pack], pack_length=192))
             output = model.get_base_model().get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
         hidden.append(output.split([40, 17, 64, 9, 30, 32]))
     assert [torch.equal(*pair) for pair in zip(*hidden)] == [True, True, False, True, True, True]

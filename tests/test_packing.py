@@ -49,9 +49,17 @@ def test_positions_start_again_with_every_row_and_with_the_padding():
     batch = collate([[rows[0], rows[1]], [rows[2]]], pad_id=0, pack_length=7)  # padded to 8
     assert batch["input_ids"].tolist() == [[3, 4, 5, 3, 4, 0, 0, 0], [3, 4, 5, 6, 7, 8, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]]
-    assert batch["seq_starts"].tolist() == [0, 3, 5, 8, 14, 16, 16, 16]
-    full = collate([[(torch.ones(8), torch.ones(8))]], pad_id=0, pack_length=8)
-    assert full["seq_starts"].tolist() == [0, 8] and full["position_ids"].tolist() == [list(range(8))]
+    assert batch["seq_starts"].tolist() == [0, 3, 5, 8, 14, 16]
+    filled = collate([[rows[0], rows[1]], [rows[2]]], pad_id=0, pack_length=7, starts=8)
+    assert filled["seq_starts"].tolist() == [0, 3, 5, 8, 14, 16, 16, 16]
+
+
+def test_packs_of_one_row_need_nothing_to_keep_rows_apart():
+    row = (torch.ones(8), torch.ones(8))
+    single = collate([[row], []], pad_id=0, pack_length=8)
+    assert "seq_starts" not in single
+    assert single["position_ids"].tolist() == [list(range(8))] * 2
+    assert collate([[row]], pad_id=0, pack_length=8, starts=4)["seq_starts"].tolist() == [0, 8, 8, 8]
 
 
 def rows_of_ids():

@@ -1,0 +1,231 @@
+"""Which layers to checkpoint: the fewest with which a step fits the card, measured by rehearsing it."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from qlora.data import BatchShape, collate, to_device
+from qlora.errors import InputError, first_line
+from qlora.layers import set_up_layers
+from qlora.loss import next_token_loss
+from qlora.optim import FlatParameters, reset_optimizer
+
+GB = 2**30
+MARGIN = 0.05  # of the memory there is: what the allocator cannot use between its blocks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the layers run, and what a step then needs."""
+
+    checkpointed: int  # layers, from the first on
+    layers: int
+    offload: bool  # whether the checkpointed layers' inputs wait in host memory
+    peak_bytes: int  # of the rehearsed step, the model included; 0 where nothing was measured
+    limit_bytes: int
+
+    def describe(self) -> str:
+        count = {0: "none", self.layers: "all"}.get(self.checkpointed, str(self.checkpointed))
+        offloaded = ", their inputs in host memory" if self.offload else ""
+        return f"{count} of {self.layers} layers checkpointed{offloaded}"
+
+
+@dataclass
+class Rehearsal:
+    """Whole steps on the worst batch that the data can make, to see what they need; they leave no trace."""
+
+    model: torch.nn.Module
+    layers: list[torch.nn.Module]
+    flat: FlatParameters
+    optimizer: torch.optim.Optimizer
+    autocast: Callable
+    plain_head: bool
+    compile: bool
+    shape: BatchShape
+    accumulates: bool  # whether a step has several micro-batches
+    is_dynamic: bool  # whether batches change their shape, as padded ones do
+
+    def set_up(self, checkpointed: int, offload: bool) -> None:
+        set_up_layers(self.layers, checkpointed, offload, self.compile, self.is_dynamic)
+
+    def peak(self, checkpointed: int, offload: bool) -> int | None:
+        """Bytes allocated at the peak of a step: forward, backward, optimizer. None if there are not enough.
+
+        The optimizer's step is taken at learning rate 0 over gradients of 0: it changes no weight.
+        """
+        self.set_up(checkpointed, offload)
+        on_cuda = self.model.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        peak = None
+        try:
+            with torch.random.fork_rng(devices=[self.model.device] if on_cuda else []):
+                self._step()
+            peak = torch.cuda.max_memory_allocated() if on_cuda else 0
+        except torch.OutOfMemoryError:
+            pass
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self.flat.parameters:
+                parameter.grad = None
+            reset_optimizer(self.optimizer)
+            gc.collect()
+        return peak
+
+    def _step(self) -> None:
+        shape = self.shape
+        ids = torch.arange(shape.length) % self.model.config.get_text_config().vocab_size
+        rows = ids.tensor_split(2) if shape.starts else [ids]
+        packs = [[(row, row) for row in rows]] * shape.packs
+        batch = collate(packs, 0, shape.length if shape.is_packed else None, shape.starts)
+        batch = to_device(batch, self.model.device)
+        for parameter in self.flat.parameters if self.accumulates else []:
+            parameter.grad = torch.zeros_like(parameter)  # as from an earlier micro-batch
+        with self.autocast():
+            loss = next_token_loss(self.model, batch, self.plain_head)
+        loss.backward()
+        self.flat.gather_gradients()
+        self.flat.vector.grad.zero_()
+        self.optimizer.step()
+
+
+def memory_limit(limit_gb: float | None) -> int:
+    """Bytes that the tensors of this process may take; with `limit_gb`, as on a card of so many GB.
+
+    What CUDA itself and other processes have taken is subtracted, and MARGIN. With `limit_gb` PyTorch is kept
+    from allocating more.
+    """
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    if limit_gb is None:
+        return int((total - others) * (1 - MARGIN))
+    ours = min(limit_gb * GB, total) - others
+    if ours <= torch.cuda.memory_allocated():
+        raise InputError(
+            f"--memory_limit_gb {limit_gb:g}: {torch.cuda.memory_allocated() / GB:.2f} GB are taken by the "
+            f"model, and {others / GB:.2f} GB by CUDA and other processes"
+        )
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(ours / total)
+    return int(ours * (1 - MARGIN))
+
+
+def choose_plan(
+    peak: Callable[[int, bool], int | None], layers: int, checkpointing: str, offload: str, limit: int
+) -> Plan | None:
+    """The plan with the fewest layers checkpointed that needs at most `limit` bytes; None if there is none.
+
+    `peak` measures (checkpointed layers, offload). `checkpointing` is all, none, a number, or auto: any.
+    `offload` is on, off, or auto: only where not even all layers checkpointed would do without.
+    """
+
+    def fitting(checkpointed: int, offload: bool) -> Plan | None:
+        needed = peak(checkpointed, offload)
+        fits = needed is not None and needed <= limit
+        return Plan(checkpointed, layers, offload, needed, limit) if fits else None
+
+    def offloaded_if_it_must(checkpointed: int) -> Plan | None:
+        plan = fitting(checkpointed, False) if offload != "on" else None
+        return plan or (fitting(checkpointed, True) if offload != "off" and checkpointed else None)
+
+    if checkpointing != "auto":
+        count = {"all": layers, "none": 0}.get(checkpointing)
+        return offloaded_if_it_must(int(checkpointing) if count is None else count)
+    if plan := fitting(0, False):
+        return plan
+    best = offloaded_if_it_must(layers)
+    if best is None or (best.offload and offload != "on"):
+        return best
+    too_few = 0
+    while best.checkpointed - too_few > 1:
+        middle = (best.checkpointed + too_few) // 2
+        if plan := fitting(middle, best.offload):
+            best = plan
+        else:
+            too_few = middle
+    return best
+
+
+def largest_step(rehearsal: Rehearsal, offload: bool, limit: int) -> tuple[int, int] | None:
+    """(packs, length) of the largest micro-batch that fits with all layers checkpointed.
+
+    The most packs of the rehearsal's length; if not even one fits, the longest one, to 64 tokens. None if
+    nothing does.
+    """
+
+    def fits(packs: int, length: int) -> bool:
+        shape = replace(rehearsal.shape, packs=packs, length=length)
+        smaller = replace(rehearsal, shape=shape, is_dynamic=True)  # one compilation for all
+        needed = smaller.peak(len(rehearsal.layers), offload)
+        return needed is not None and needed <= limit
+
+    def most(below: int, fits: Callable[[int], bool]) -> int:
+        """The largest number under `below` that fits; 0 if none does."""
+        low = 0
+        while below - low > 1:
+            middle = (low + below) // 2
+            low, below = (middle, below) if fits(middle) else (low, middle)
+        return low
+
+    shape = rehearsal.shape
+    packs = most(shape.packs, lambda packs: fits(packs, shape.length))
+    if packs:
+        return packs, shape.length
+    units = most(-(-shape.length // 64), lambda units: fits(1, 64 * units))
+    return (1, 64 * units) if units else None
+
+
+def plan_layers(rehearsal: Rehearsal, checkpointing: str, offload: str, limit_gb: float | None) -> Plan:
+    """Choose how the layers run, and have them run so. Raises InputError if a step does not fit.
+
+    Without a card, where there is nothing to measure, `auto` is all. A compiler that fails costs one line.
+    """
+    layers = len(rehearsal.layers)
+    if not layers and checkpointing not in ("auto", "none"):
+        raise InputError("this model's layers cannot be checkpointed: use --gradient_checkpointing none")
+    if checkpointing.isdigit() and int(checkpointing) > layers:
+        raise InputError(f"--gradient_checkpointing {checkpointing}: this model has {layers} layers")
+    on_cuda = rehearsal.model.device.type == "cuda"
+    limit = memory_limit(limit_gb) if on_cuda else 0
+    if not on_cuda and checkpointing == "auto":
+        checkpointing = "all"
+
+    def choose() -> Plan | None:
+        if on_cuda or rehearsal.compile:
+            return choose_plan(rehearsal.peak, layers, checkpointing, offload, limit)
+        return choose_plan(lambda checkpointed, offload: 0, layers, checkpointing, offload, limit)
+
+    try:
+        plan = choose()
+    except Exception as error:  # compilers have many ways to fail
+        if not rehearsal.compile:
+            raise
+        print(f"The layers cannot be compiled here ({first_line(error)}): they run as they are, and slower.")
+        rehearsal.compile = False
+        plan = choose()
+    if plan is None:
+        raise InputError(_what_fits(rehearsal, checkpointing, offload != "off", limit))
+    rehearsal.set_up(plan.checkpointed, plan.offload)
+    if on_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return plan
+
+
+def _what_fits(rehearsal: Rehearsal, checkpointing: str, offload: bool, limit: int) -> str:
+    """What to say of a step that does not fit."""
+    size = f"{rehearsal.shape.packs} x {rehearsal.shape.length}"
+    step = f"a micro-batch of {size} tokens needs more than {limit / GB:.1f} GB"
+    if checkpointing not in ("auto", "all"):
+        return f"{step} with --gradient_checkpointing {checkpointing}: auto finds what fits"
+    largest = largest_step(rehearsal, offload, limit)
+    if largest is None:
+        return f"{step}, and so does one of 1 x 64: this model is too large for this memory"
+    packs, length = largest
+    return (
+        f"{step} even with all layers checkpointed: --per_device_train_batch_size {packs} --max_length "
+        f"{length} is the largest that fits (more --gradient_accumulation_steps make up for it)"
+    )
