@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint test-gpu clean
+MODEL ?= meta-llama/Llama-2-7b-hf
+DATA ?= sahil2801/CodeAlpaca-20k
+
+.PHONY: demo test lint test-gpu bench plan clean
 
 demo: .venv/installed  ## train a small random Llama on demo/rows.jsonl, then ask it: no GPU, no network
 	$(BIN)/python demo/make_base.py demo/rows.jsonl outputs/demo-base
@@ -23,6 +26,14 @@ lint: .venv/installed-dev
 
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests
+
+bench: .venv/installed  ## speed and memory beside installed peers; MODEL is a 4-bit checkpoint, DATA instructions
+	$(BIN)/python benchmarks/run.py --model $(MODEL) --real $(DATA)
+
+plan: .venv/installed  ## what a step of MODEL needs on cards of 24 and of 8 GB
+	for gb in 24 8; do \
+		$(BIN)/python train.py --model $(MODEL) --dataset $(DATA) --memory_limit_gb $$gb --plan_only || exit; \
+	done
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,130 @@
+"""Speed and memory of train.py beside its peers, as a Markdown table.
+
+python benchmarks/run.py --model MODEL --real DATA [--cases 0 1 ...] [--peers unsloth trl]
+
+MODEL is a 4-bit checkpoint (the peers load the same one), DATA a hub id or file of instructions. Peers that
+are not installed are left out. Every case is a run of train.py in a process of its own; speeds are the median
+of its steps after the first ones, without padding, and memory is the peak that PyTorch allocated.
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.cases import CASES, TARGETS, WARM_UP, Case  # noqa: E402
+
+EXPENSIVE = 4096  # longer cases get a process of their own: peers size their tables by the longest
+
+
+def ours(case: Case, model: str, real: str, folder: Path) -> dict:
+    """Run train.py on a case; {} if it fails."""
+    data = real if case.is_real else write_full_rows(folder / f"full-{case.length}.jsonl", case)
+    output = folder / f"run-{CASES.index(case)}"
+    command = [sys.executable, str(ROOT / "train.py"), "--model", model, "--dataset", str(data)]
+    command += ["--output_dir", str(output), "--lora_target_modules", *TARGETS[case.targets]]
+    command += ["--per_device_train_batch_size", str(case.batch), "--max_length", str(case.length)]
+    command += ["--max_steps", str(case.steps), "--gradient_accumulation_steps", "1", "--logging_steps", "1"]
+    command += ["--lora_dropout", "0", "--save_steps", "1000", "--no_completion_only_loss"]
+    command += [] if "--dtype" in case.flags else ["--dtype", "bfloat16"]
+    done = subprocess.run([*command, *case.flags.split()], capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        return {}
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    plan = next((line for line in done.stdout.splitlines() if line.startswith("layers")), "")
+    return {
+        "tokens_per_s": round(statistics.median(line["tokens_per_s"] for line in lines[WARM_UP:])),
+        "gb": round(lines[-1]["peak_memory_gb"], 2),
+        "plan": plan.removeprefix("layers").strip(),
+    }
+
+
+def write_full_rows(path: Path, case: Case) -> Path:
+    """Rows of random words, each longer than the case's length in tokens."""
+    words = random.Random(0)
+    syllables = ["ba", "den", "fir", "go", "kal", "lum", "mi", "nor", "pe", "ru", "sa", "tis", "vo", "zen"]
+    with open(path, "w") as file:
+        for _ in range(case.batch * (case.steps + 1)):
+            text = " ".join("".join(words.choices(syllables, k=3)) for _ in range(case.length))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def theirs(peer: str, numbers: list[int], model: str, real: str) -> dict[int, dict]:
+    """{case: its result} of a peer; what fails behind another case is tried alone, then left out."""
+    command = [sys.executable, str(ROOT / "benchmarks/peers.py"), peer, model, real, *map(str, numbers)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    found = {result["case"]: result for result in lines}
+    if done.returncode:
+        print(done.stderr[-2000:], file=sys.stderr)
+        left = [number for number in numbers if number not in found]
+        for number in left if len(numbers) > 1 else ():
+            found |= theirs(peer, [number], model, real)
+    return found
+
+
+def describe(result: dict, beside: dict | None = None) -> str:
+    """A cell of the table; ratios are ours to theirs."""
+    if not result:
+        return "failed"
+    text = f"{result['tokens_per_s']:,} tokens/s, {result['gb']:.2f} GB"
+    if beside:
+        speed, memory = beside["tokens_per_s"] / result["tokens_per_s"], beside["gb"] / result["gb"]
+        text += f" ({speed:.2f}x, {memory:.2f}x)"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--real", default="sahil2801/CodeAlpaca-20k")
+    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)))
+    parser.add_argument("--peers", nargs="*", default=["unsloth", "trl"])
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/run.py: error: this needs a CUDA device")
+    chosen = {number: CASES[number] for number in arguments.cases}
+
+    groups = {}  # one process for what can share a loaded model
+    for number, case in chosen.items():
+        for peer in case.peers:
+            package = peer.split("-")[0]
+            if package in arguments.peers and importlib.util.find_spec(package):
+                key = peer, case.targets, max(case.length, EXPENSIVE)
+                groups.setdefault(key, []).append(number)
+    results = {number: {} for number in chosen}
+    for (peer, *_), numbers in groups.items():
+        for number, result in theirs(peer, numbers, arguments.model, arguments.real).items():
+            results[number][peer] = result
+            print(f"{peer}: {CASES[number].name}: {describe(result)}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in chosen.items():
+            results[number]["ours"] = ours(case, arguments.model, arguments.real, Path(folder))
+            print(f"ours: {case.name}: {results[number]['ours']}", file=sys.stderr, flush=True)
+
+    print(f"{torch.cuda.get_device_name()}, {date.today()}, torch {torch.__version__}; GB are 2^30 bytes;")
+    print("in brackets: our speed and our memory, in multiples of theirs\n")
+    print("| | ours | peers |\n|---|---|---|")
+    for number, case in chosen.items():
+        mine = results[number].pop("ours")
+        others = "; ".join(
+            f"{peer}: {describe(result, mine)}" for peer, result in sorted(results[number].items())
+        )
+        print(f"| {case.name} | {describe(mine)} | {others} |")
+
+
+if __name__ == "__main__":
+    main()
