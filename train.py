@@ -104,8 +104,9 @@ def train(config: TrainConfig):
         is_dynamic=not shape.is_packed,
     )  # fmt: skip
     plan = plan_layers(
-        rehearsal, config.gradient_checkpointing, config.offload_activations, config.memory_limit_gb
-    )
+        rehearsal, config.gradient_checkpointing, config.offload_activations, config.memory_limit_gb,
+        config.cuda_graphs,
+    )  # fmt: skip
     print(describe_step(rehearsal, plan, kernels, time.perf_counter() - started))
     if config.plan_only:
         return model
@@ -139,7 +140,7 @@ def train(config: TrainConfig):
     if config.report_to == "wandb":
         run_name = config.run_name or output_dir.name
         tracker = Wandb(output_dir, run_name, dataclasses.asdict(config), is_resumed=checkpoint is not None)
-    log = RunLog(output_dir, total_steps, first_step, tracker)
+    log = RunLog(output_dir, total_steps, first_step, tracker, plan.graph_bytes)
     gc.freeze()  # all there is now lives as long as the run: the collector need not stop a step to look at it
 
     for step in range(first_step, total_steps):
@@ -156,7 +157,9 @@ def train(config: TrainConfig):
         step_loss = torch.zeros((), device=device)
         for batch in data.batches:
             with autocast():
-                loss = next_token_loss(model, to_device(batch, device), plain_head) / targets
+                loss = (
+                    next_token_loss(model, to_device(batch, device), plain_head, rehearsal.decode) / targets
+                )
             scaler.scale(loss).backward()  # scaled: small float16 gradients would underflow to 0
             step_loss += loss.detach()  # stays on the device: .item() here would wait for it
         loader.prepare(step + 1)  # in a thread, now that the device has enough to do
@@ -192,7 +195,7 @@ def train(config: TrainConfig):
     save_final_adapter(output_dir, model, tokenizer, settings)
     log.close()
     if plan.peak_bytes:
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() + plan.graph_bytes
         print(f"peak memory {peak / GB:.2f} GB, rehearsed {plan.peak_bytes / GB:.2f} GB")
     ask = ["generate.py", "--model", config.model, "--adapter", config.output_dir]
     ask += ["--trust_remote_code"] * config.trust_remote_code
@@ -205,6 +208,7 @@ def check_device_flags(config: TrainConfig, device: torch.device) -> None:
     if device.type == "cpu":
         given = {"plan_only": config.plan_only, "memory_limit_gb": config.memory_limit_gb is not None}
         given["offload_activations on"] = config.offload_activations == "on"
+        given["cuda_graphs"] = config.cuda_graphs
         for name in (name for name, is_given in given.items() if is_given):
             raise InputError(f"--{name} needs a CUDA device, and there is none here")
 
@@ -232,7 +236,8 @@ def check_output_dir(output_dir: Path, config: TrainConfig, checkpoint: Path | N
 def describe_step(rehearsal: Rehearsal, plan: Plan, kernels: str, seconds: float) -> str:
     """The start screen's lines on speed and memory."""
     compiled = "compiled" if rehearsal.compile else "not compiled"
-    facts = {"layers": f"{plan.describe()}; {compiled}; 4-bit weights by {kernels}"}
+    graphed = ", replayed as CUDA graphs" if plan.graph_bytes else ""
+    facts = {"layers": f"{plan.describe()}; {compiled}{graphed}; 4-bit weights by {kernels}"}
     if plan.peak_bytes:
         facts["memory"] = (
             f"{plan.peak_bytes / GB:.2f} GB at the peak of a step, {plan.limit_bytes / GB:.2f} GB are there "

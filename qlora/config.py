@@ -214,6 +214,11 @@ class TrainConfig:
             "const": True,
         },
     )
+    cuda_graphs: bool = flag(
+        False,
+        "Record the decoder's forward and backward pass once, and replay them with one launch each: for "
+        "small steps, which take longer to launch than to compute. Needs packed rows: batches of one shape.",
+    )
     fused_4bit: bool = flag(
         True,
         "On CUDA, dequantize in one kernel instead of bitsandbytes' three: the same weights to the last bit.",
@@ -338,6 +343,8 @@ class TrainConfig:
                 "eval_steps per_device_eval_batch_size",
                 "needs --validation_split or --validation_dataset",
             )
+        if self.cuda_graphs and not self.packing:
+            raise ValueError("--cuda_graphs needs packed rows: padded batches have many shapes")
         if self.packing and self.group_by_length:
             raise ValueError("--group_by_length needs --no_packing: packed rows need no padding")
         if self.report_to == "none":

@@ -1,8 +1,11 @@
 """How the decoder layers run in training: compiled one by one, and how much of each is kept for the backward
 pass."""
 
+from functools import partial
+
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,6 +28,7 @@ def set_up_layers(
     offload: bool = False,
     compile: bool = False,
     is_dynamic: bool = False,
+    is_random: bool = True,
 ) -> None:
     """Decide how the layers run wherever gradients are recorded; may be called again with other choices.
 
@@ -32,7 +36,8 @@ def set_up_layers(
     1604.06174). The first, because the backward pass comes to them last: by then the activations that the
     others kept are gone, and one layer's recomputation has their room. With `offload` those inputs wait in
     host memory. With `compile` each layer is compiled by itself, all sharing the code of the first of their
-    kind; `is_dynamic` for batches of changing shape.
+    kind; `is_dynamic` for batches of changing shape. `is_random` is drops_out's: what was drawn is then drawn
+    again.
 
     Evaluation and generation run the layers as they are: their shapes are many, and nothing is kept.
     """
@@ -44,7 +49,7 @@ def set_up_layers(
             train = torch.compile(plain, backend=COMPILER, dynamic=is_dynamic, fullgraph=True)
         if number < checkpointed:
             before = HostInput(stream, before) if offload else None
-            train = _checkpointed(train, before)
+            train = _checkpointed(train, before, is_random)
         layer.forward = _by_mode(train, plain)
 
 
@@ -55,15 +60,25 @@ def _by_mode(train, plain):
     return forward
 
 
-def _checkpointed(forward, host_input: "HostInput | None"):
+def _checkpointed(forward, host_input: "HostInput | None", is_random: bool):
     # Non-reentrant: the reentrant kind needs an input that requires a gradient.
+    again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=is_random)
+
     def run(hidden, *args, **kwargs):
         if host_input is None:
-            return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)
+            return again(hidden, *args, **kwargs)
         with saved_tensors_hooks(host_input.pack(hidden), host_input.unpack):
-            return checkpoint(forward, hidden, *args, use_reentrant=False, **kwargs)
+            return again(hidden, *args, **kwargs)
 
     return run
+
+
+def drops_out(model) -> bool:
+    """Whether the layers draw random numbers in training, by their modules and their configuration."""
+    config = model.config.get_text_config().to_dict()
+    return any(isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules()) or any(
+        "drop" in name and bool(value) for name, value in config.items()
+    )
 
 
 class HostInput:

@@ -18,12 +18,15 @@ class RunLog:
     Until begin() an earlier run's metrics.jsonl is left alone: a run that fails before loses nothing.
     """
 
-    def __init__(self, output_dir: Path, total_steps: int, first_step: int, tracker=None):
+    def __init__(
+        self, output_dir: Path, total_steps: int, first_step: int, tracker=None, graph_bytes: int = 0
+    ):
         self.path = output_dir / "metrics.jsonl"
         self.first_step = first_step
         self.file = None
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self.tracker = tracker
+        self.graph_bytes = graph_bytes  # held by CUDA graphs, which PyTorch does not count
 
     def begin(self) -> None:
         """Open metrics.jsonl, without the lines of steps that are taken again."""
@@ -36,7 +39,7 @@ class RunLog:
     def train(self, **values: float) -> None:
         """Log a training line; adds the peak memory where there is a card."""
         if torch.cuda.is_available():
-            values["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            values["peak_memory_gb"] = (torch.cuda.max_memory_allocated() + self.graph_bytes) / 2**30
         self.bar.set_postfix_str(
             f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}, "
             f"{values['tokens_per_s']:,.0f} tokens/s",

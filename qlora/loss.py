@@ -1,5 +1,7 @@
 """Next-token cross-entropy, summed over the targets, without ever holding the logits of a whole batch."""
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
@@ -10,20 +12,27 @@ LOGITS = 2**24  # of a chunk of targets: 67 MB in float32, and half of that twic
 MIN_CHUNK = 256  # fewer targets would leave the head's matrix products too thin
 
 
-def next_token_loss(model, batch: dict[str, torch.Tensor], plain_head: bool) -> torch.Tensor:
+def decode(causal_lm, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The last hidden states (packs, length, d) of a batch of collate()'s."""
+    return causal_lm.get_decoder()(**attention_inputs(causal_lm, batch), use_cache=False).last_hidden_state
+
+
+def next_token_loss(
+    model, batch: dict[str, torch.Tensor], plain_head: bool, decode: Callable = decode
+) -> torch.Tensor:
     """Sum of the cross-entropy over the batch's targets (a float32 scalar), to be divided by a count of
     targets.
 
     `batch` is collate()'s. With `plain_head` (see has_plain_head) the head runs only on the hidden states
     that predict a target, and a chunk at a time. Other models take the general path through their own
-    forward, which holds the logits.
+    forward, which holds the logits. `decode` gives the hidden states of (model, batch).
     """
     causal_lm = model.get_base_model()
     if not plain_head:
         logits = causal_lm(**attention_inputs(causal_lm, batch), use_cache=False).logits
         logits = logits.flatten(0, 1).index_select(0, batch["target_index"])
         return cross_entropy(logits.float(), batch["target_ids"], reduction="sum")
-    hidden = causal_lm.get_decoder()(**attention_inputs(causal_lm, batch), use_cache=False).last_hidden_state
+    hidden = decode(causal_lm, batch)
     hidden = hidden.flatten(0, 1).index_select(0, batch["target_index"])
     head = causal_lm.get_output_embeddings()
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:

@@ -8,8 +8,9 @@ import torch
 
 from qlora.data import BatchShape, collate, to_device
 from qlora.errors import InputError, first_line
-from qlora.layers import set_up_layers
-from qlora.loss import next_token_loss
+from qlora.graphs import GraphedDecoder
+from qlora.layers import drops_out, set_up_layers
+from qlora.loss import decode, next_token_loss
 from qlora.optim import FlatParameters, reset_optimizer
 
 GB = 2**30
@@ -25,6 +26,7 @@ class Plan:
     offload: bool  # whether the checkpointed layers' inputs wait in host memory
     peak_bytes: int  # of the rehearsed step, the model included; 0 where nothing was measured
     limit_bytes: int
+    graph_bytes: int = 0  # of the peak: what CUDA graphs hold, which PyTorch does not count
 
     def describe(self) -> str:
         count = {0: "none", self.layers: "all"}.get(self.checkpointed, str(self.checkpointed))
@@ -46,9 +48,11 @@ class Rehearsal:
     shape: BatchShape
     accumulates: bool  # whether a step has several micro-batches
     is_dynamic: bool  # whether batches change their shape, as padded ones do
+    decode: Callable = decode  # or a GraphedDecoder
 
     def set_up(self, checkpointed: int, offload: bool) -> None:
-        set_up_layers(self.layers, checkpointed, offload, self.compile, self.is_dynamic)
+        is_random = drops_out(self.model)
+        set_up_layers(self.layers, checkpointed, offload, self.compile, self.is_dynamic, is_random)
 
     def peak(self, checkpointed: int, offload: bool) -> int | None:
         """Bytes allocated at the peak of a step: forward, backward, optimizer. None if there are not enough.
@@ -75,17 +79,28 @@ class Rehearsal:
             gc.collect()
         return peak
 
-    def _step(self) -> None:
+    def record(self) -> int:
+        """Record the decoder's passes as CUDA graphs; returns the bytes they hold that PyTorch counts as
+        free."""
+        with torch.random.fork_rng(devices=[self.model.device]):
+            torch.cuda.reset_peak_memory_stats()
+            causal_lm, parameters = self.model.get_base_model(), self.flat.parameters
+            self.decode = GraphedDecoder(causal_lm, self._batch(), parameters, self.autocast)
+        return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+
+    def _batch(self) -> dict[str, torch.Tensor]:
         shape = self.shape
         ids = torch.arange(shape.length) % self.model.config.get_text_config().vocab_size
         rows = ids.tensor_split(2) if shape.starts else [ids]
         packs = [[(row, row) for row in rows]] * shape.packs
         batch = collate(packs, 0, shape.length if shape.is_packed else None, shape.starts)
-        batch = to_device(batch, self.model.device)
+        return to_device(batch, self.model.device)
+
+    def _step(self) -> None:
         for parameter in self.flat.parameters if self.accumulates else []:
             parameter.grad = torch.zeros_like(parameter)  # as from an earlier micro-batch
         with self.autocast():
-            loss = next_token_loss(self.model, batch, self.plain_head)
+            loss = next_token_loss(self.model, self._batch(), self.plain_head, self.decode)
         loss.backward()
         self.flat.gather_gradients()
         self.flat.vector.grad.zero_()
@@ -178,10 +193,13 @@ def largest_step(rehearsal: Rehearsal, offload: bool, limit: int) -> tuple[int, 
     return (1, 64 * units) if units else None
 
 
-def plan_layers(rehearsal: Rehearsal, checkpointing: str, offload: str, limit_gb: float | None) -> Plan:
+def plan_layers(
+    rehearsal: Rehearsal, checkpointing: str, offload: str, limit_gb: float | None, graphs: bool = False
+) -> Plan:
     """Choose how the layers run, and have them run so. Raises InputError if a step does not fit.
 
     Without a card, where there is nothing to measure, `auto` is all. A compiler that fails costs one line.
+    With `graphs` the decoder's passes are replayed as CUDA graphs, or one line says why not.
     """
     layers = len(rehearsal.layers)
     if not layers and checkpointing not in ("auto", "none"):
@@ -210,8 +228,36 @@ def plan_layers(rehearsal: Rehearsal, checkpointing: str, offload: str, limit_gb
         raise InputError(_what_fits(rehearsal, checkpointing, offload != "off", limit))
     rehearsal.set_up(plan.checkpointed, plan.offload)
     if on_cuda:
+        if graphs:
+            plan = _with_graphs(rehearsal, plan)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    return plan
+
+
+def _with_graphs(rehearsal: Rehearsal, plan: Plan) -> Plan:
+    """The plan with the decoder's passes replayed as CUDA graphs, or as it is where that cannot be."""
+    reason = None
+    if rehearsal.is_dynamic:
+        reason = "padded batches have many shapes"
+    elif not rehearsal.plain_head:
+        reason = "this model's head does more than a matrix product"
+    elif plan.offload:
+        reason = "inputs of layers wait in host memory"
+    elif plan.checkpointed and drops_out(rehearsal.model):
+        reason = "checkpointed layers with dropout must draw the same numbers twice"
+    if reason is None:
+        try:
+            held = rehearsal.record()
+            needed = rehearsal.peak(plan.checkpointed, plan.offload)
+            if needed is not None and needed + held <= plan.limit_bytes:
+                return replace(plan, peak_bytes=needed + held, graph_bytes=held)
+            reason = "they need more memory than there is"
+        except Exception as error:  # whatever cannot be recorded; PyTorch's errors on it are of many types
+            reason = first_line(error)
+    print(f"No CUDA graphs: {reason}.")
+    rehearsal.decode = decode
+    gc.collect()
     return plan
 
 

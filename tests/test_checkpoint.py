@@ -55,6 +55,15 @@ def test_the_newest_checkpoints_are_kept_and_found(trained):
     assert find_checkpoint(folder, "latest").name == "checkpoint-11"
 
 
+def test_weights_in_another_order_are_refused(trained):
+    checkpoint = save(trained, 3)
+    state = json.loads((checkpoint / STATE).read_text())
+    state["parameters"].reverse()
+    (checkpoint / STATE).write_text(json.dumps(state))
+    with pytest.raises(InputError, match="another order"):
+        load(trained, checkpoint)
+
+
 def test_a_checkpoint_holds_no_pickle(trained):
     checkpoint = save(trained, 3)
     assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}

@@ -273,6 +273,7 @@ def test_checkpointing_takes_three_words_or_a_number(capsys, value):
 def test_flags_on_speed_that_would_be_ignored_are_refused(capsys):
     flags = ["--gradient_checkpointing", "none", "--offload_activations", "on"]
     assert "--offload_activations" in refusal(capsys, TrainConfig, *flags)
+    assert "--cuda_graphs" in refusal(capsys, TrainConfig, "--no_packing", "--cuda_graphs")
     assert "--fused_4bit" in refusal(capsys, TrainConfig, "--no_load_in_4bit", "--fused_4bit")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from qlora.data import StepOrder, check_vocabulary, collate, micro_batches
+from qlora.data import BatchShape, StepOrder, check_vocabulary, collate, micro_batches
 from qlora.errors import InputError
 from qlora.prompts import IGNORE_INDEX
 from qlora.tokens import TOKENS, TokenizedRows, hold_out, token_columns, tokenize_rows
@@ -295,6 +295,26 @@ def test_the_rows_of_a_step_do_not_depend_on_the_micro_batch_size(batch_size):
     assert sum(len(batch["target_ids"]) for batch in batches) == sum(
         int((rows[index][1] != IGNORE_INDEX).sum()) for index in rows_of(packs)
     )
+
+
+@pytest.mark.parametrize("packs", [1, 3, 8])
+def test_the_batches_of_all_epochs_have_the_shape_of_the_run(packs):
+    for seed in range(3):
+        order = StepOrder(LENGTHS, 4 * packs, seed, pack_length=256)
+        shape = order.batch_shape(packs, max_length=int(LENGTHS.max()))
+        assert (shape.packs, shape.length, shape.is_packed) == (packs, 256, True)
+        for epoch in range(8):
+            for step in epoch_steps(order, epoch):
+                batches = [step[start : start + packs] for start in range(0, len(step), packs)]
+                most = max(sum(len(pack) for pack in batch) for batch in batches)
+                assert most + packs + 1 <= shape.starts <= 4 * (most + packs + 1) + 64
+
+
+def test_the_shape_of_padded_rows_and_of_single_ones():
+    order = StepOrder(LENGTHS, 8, seed=0)
+    assert order.batch_shape(4, 100) == BatchShape(4, 100, is_packed=False, starts=0)
+    order = StepOrder(np.full(20, 100), 8, seed=0, pack_length=128)
+    assert order.batch_shape(4, 100) == BatchShape(4, 128, is_packed=True, starts=0)
 
 
 # ---------------------------------------------------------------- batches

@@ -98,9 +98,9 @@ def packed_model(dtype):
     return model, choose_attention(model, autocast), autocast
 
 
-def on_card(packs, pack_length=None):
+def on_card(packs, pack_length=None, starts=0):
     labelled = [[(row, torch.cat([torch.tensor([-100]), row[1:]])) for row in pack] for pack in packs]
-    batch = collate(labelled, pad_id=0, pack_length=pack_length)
+    batch = collate(labelled, 0, pack_length, starts)
     return to_device(batch, torch.device("cuda"))
 
 

@@ -118,7 +118,9 @@ def test_more_layers_than_there_are_are_refused(model):
         plan_layers(a_rehearsal(model), "3", "auto", None)
 
 
-@pytest.mark.parametrize("flag", ["--plan_only", "--memory_limit_gb 8", "--offload_activations on"])
+@pytest.mark.parametrize(
+    "flag", ["--plan_only", "--memory_limit_gb 8", "--offload_activations on", "--cuda_graphs"]
+)
 def test_what_needs_a_card_is_refused_without_one(run, flag, tmp_path):
     with pytest.raises(InputError, match=f"{flag.split()[0]}.* needs a CUDA device"):
         run(flag)
