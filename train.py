@@ -92,7 +92,7 @@ def train(config: TrainConfig):
 
     order = make_order(config, pack_length, train_rows)
     longest = train_rows.max_length if config.streaming else int(train_rows.lengths.max())
-    shape = order.batch_shape(config.per_device_train_batch_size, longest)
+    shape = order.batch_shape(config.per_device_train_batch_size, longest, config.streaming)
 
     # The worst step first, before any that counts: it compiles, and it finds what the card has room for.
     started = time.perf_counter()

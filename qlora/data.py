@@ -11,7 +11,7 @@ import torch
 from qlora.adapter import check_adapter
 from qlora.errors import InputError
 from qlora.model import load_config, load_tokenizer
-from qlora.packing import pack_rows
+from qlora.packing import most_rows_in_a_pack, pack_rows
 from qlora.prompts import IGNORE_INDEX
 from qlora.rows import RowSource
 from qlora.tokens import TokenizedRows, hold_out, mix, tokenize_rows
@@ -139,8 +139,12 @@ class StepOrder:
         pack_length: int | None = None,
         sources: np.ndarray | None = None,
         weights: list[float] | None = None,
+        most_rows: int | None = None,
     ):
         self.lengths = np.asarray(lengths)
+        if pack_length is not None and most_rows is None:
+            most_rows = most_rows_in_a_pack(self.lengths, pack_length)
+        self.most_rows = most_rows  # of a pack
         self.sources, self.weights = sources, weights
         self.packs_per_step = packs_per_step
         self.seed = [seed] if isinstance(seed, int) else list(seed)
@@ -162,17 +166,17 @@ class StepOrder:
             packs = sorted(packs, key=lambda pack: -self.lengths[pack[0]])
         return packs
 
-    def batch_shape(self, packs: int, max_length: int) -> BatchShape:
-        """The shape of micro-batches of so many packs; rows may come to have `max_length` tokens."""
+    def batch_shape(self, packs: int, max_length: int, is_stream: bool = False) -> BatchShape:
+        """The shape of micro-batches of so many packs; rows may come to have `max_length` tokens.
+
+        With `is_stream` others may follow the rows known here.
+        """
         if self.pack_length is None:
             return BatchShape(packs, max_length, False, 0)
-        rows = np.array([len(pack) for pack in self._packs_of(0)])
-        if rows.max() == 1:
-            return BatchShape(packs, self.pack_length, True, 0)
-        rows.resize(-(-len(rows) // packs), packs)  # filled up with empty packs
-        most = (rows.sum(axis=1) + packs).max() + 1  # each pack's padding counts as a row, and the end
-        # Other epochs are packed anew: with a quarter more, and up to a power of two, theirs fit too.
-        return BatchShape(packs, self.pack_length, True, 2 ** math.ceil(math.log2(1.25 * most)))
+        if not is_stream and 2 * self.lengths.min() > self.pack_length:
+            return BatchShape(packs, self.pack_length, True, 0)  # no pack will ever have two rows
+        # A start for each row of a pack and for its padding, and the end.
+        return BatchShape(packs, self.pack_length, True, packs * (self.most_rows + 1) + 1)
 
     def settings(self) -> dict:
         """What decides which rows a step takes, besides the rows themselves."""
@@ -181,6 +185,7 @@ class StepOrder:
             "tokens": int(self.lengths.sum()),
             "sequences a step": self.packs_per_step,
             "tokens a pack": self.pack_length,
+            "rows a pack": self.most_rows,
             "seed": self.seed[0],
             "group_by_length": self.group_by_length,
             "weights": self.weights,
@@ -236,7 +241,7 @@ class StepOrder:
 
     def _cut(self, order: np.ndarray, generator: np.random.Generator) -> list[list[int]]:
         if self.pack_length is not None:
-            return pack_rows(order, self.lengths, self.pack_length, generator)
+            return pack_rows(order, self.lengths, self.pack_length, self.most_rows, generator)
         if self.group_by_length:
             size = GROUP_STEPS * self.packs_per_step
             groups = np.split(order, range(size, len(order), size))
@@ -256,12 +261,16 @@ def micro_batches(
     pad_id: int,
     pack_length: int | None = None,
     starts: int = 0,
+    is_filled: bool = False,
 ) -> list[dict]:
-    """The packs of one step as batches of `batch_size` packs, in the order given; the last batch is filled up
-    with empty ones, so that shapes repeat."""
+    """The packs of one step as batches of at most `batch_size` packs, in the order given.
+
+    With `is_filled` the last batch is filled up with empty packs, so that shapes repeat.
+    """
     found = iter(rows.fetch([index for pack in packs for index in pack]))
     filled = [[next(found) for _ in pack] for pack in packs]
-    filled += [[] for _ in range(-len(filled) % batch_size)]
+    if is_filled:
+        filled += [[] for _ in range(-len(filled) % batch_size)]
     return [
         collate(filled[start : start + batch_size], pad_id, pack_length, starts)
         for start in range(0, len(filled), batch_size)

@@ -53,8 +53,9 @@ class StepLoader:
         """The batches of a step."""
         order, packs = self.order, self.order.packs(step)
         batches = micro_batches(
-            self.rows, packs, self.shape.packs, self.pad_id, order.pack_length, self.shape.starts
-        )
+            self.rows, packs, self.shape.packs, self.pad_id, order.pack_length, self.shape.starts,
+            is_filled=True,
+        )  # fmt: skip
         if torch.cuda.is_available():
             batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
         tokens = sum(int(order.lengths[pack].sum()) for pack in packs)
@@ -144,7 +145,11 @@ def in_background(call: Callable, *arguments) -> Future:
 
 
 def make_order(
-    config, pack_length: int | None, rows: TokenizedRows, seed: int | tuple[int, ...] | None = None
+    config,
+    pack_length: int | None,
+    rows: TokenizedRows,
+    most_rows: int | None = None,
+    seed: int | tuple[int, ...] | None = None,
 ) -> StepOrder:
     """The order in which a TrainConfig takes rows; `seed` in place of its own."""
     return StepOrder(
@@ -155,6 +160,7 @@ def make_order(
         pack_length,
         rows.sources,
         config.dataset_weights,
+        most_rows,
     )
 
 
@@ -183,6 +189,6 @@ def make_loader(
 
     source = RowSource(config.dataset[0], config.split, config.dataset_config, streaming=True)
     place = Place(**(place or {}))
-    make = partial(make_order, config, order.pack_length)
+    make = partial(make_order, config, order.pack_length, most_rows=order.most_rows)
     loader = StreamLoader(source, tokenize, make, config.seed, shape, pad_id, config.max_steps, place)
     return loader, config.max_steps

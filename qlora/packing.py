@@ -1,14 +1,23 @@
 """Which rows share a sequence: rows are packed whole, and attention keeps them apart (qlora/attention.py)."""
 
+import math
+
 import numpy as np
 
 WINDOW_ROWS = 10_000  # rows packed together: enough to fill packs well, few enough for data of any size
 
 
+def most_rows_in_a_pack(lengths: np.ndarray, capacity: int) -> int:
+    """A bound on the rows of a pack, so that batches can have one shape: twice the mean of rows of these
+    lengths, and no less than a row for every 64 tokens."""
+    return max(2 * math.ceil(capacity / lengths.mean()) + 2, capacity // 64)
+
+
 def pack_rows(
-    order: np.ndarray, lengths: np.ndarray, capacity: int, generator: np.random.Generator
+    order: np.ndarray, lengths: np.ndarray, capacity: int, most_rows: int, generator: np.random.Generator
 ) -> list[list[int]]:
-    """Group the rows of `order` into packs of at most `capacity` tokens: each row in one pack, none cut.
+    """Group the rows of `order` into packs of at most `capacity` tokens and `most_rows` rows: each row in one
+    pack, none cut.
 
     Windows of the order are packed by themselves, best-fit decreasing (Johnson et al. 1974): the longest row
     first, each into the fullest pack that still has room. A window's packs then come in random order. Raises
@@ -20,16 +29,14 @@ def pack_rows(
     for start in range(0, len(order), WINDOW_ROWS):
         window = order[start : start + WINDOW_ROWS]
         window = window[np.argsort(-lengths[window], kind="stable")]
-        filled = _best_fit(window.tolist(), lengths[window].tolist(), capacity)
+        filled = _best_fit(window.tolist(), lengths[window].tolist(), capacity, most_rows)
         packs += [filled[index] for index in generator.permutation(len(filled))]
     return packs
 
 
-def _best_fit(rows: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
+def _best_fit(rows: list[int], lengths: list[int], capacity: int, most_rows: int) -> list[list[int]]:
     packs, with_room = [], [[] for _ in range(capacity + 1)]  # with_room[n]: packs that have n tokens left
-    rooms = (
-        0  # bit n is set if with_room[n] is not empty: the tightest fit is the lowest bit from `length` on
-    )
+    rooms = 0  # bit n: with_room[n] is not empty. The tightest fit is the lowest bit from `length` on
     for row, length in zip(rows, lengths):
         fitting = rooms >> length
         if fitting:
@@ -41,6 +48,7 @@ def _best_fit(rows: list[int], lengths: list[int], capacity: int) -> list[list[i
             room, pack = capacity, []
             packs.append(pack)
         pack.append(row)
-        with_room[room - length].append(pack)
-        rooms |= 1 << (room - length)
+        if len(pack) < most_rows:
+            with_room[room - length].append(pack)
+            rooms |= 1 << (room - length)
     return packs

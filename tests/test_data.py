@@ -285,7 +285,8 @@ def test_a_mixture_has_its_weights_in_every_epoch_and_repeats_no_row_early(pack_
 def test_the_rows_of_a_step_do_not_depend_on_the_micro_batch_size(batch_size):
     rows = make_rows(LENGTHS[:40])
     packs = StepOrder(rows.lengths, 16, seed=0).packs(1)
-    batches = micro_batches(rows, packs, batch_size, pad_id=2)
+    assert len(micro_batches(rows, packs[:1], batch_size, pad_id=2)[0]["input_ids"]) == 1
+    batches = micro_batches(rows, packs, batch_size, pad_id=2, is_filled=True)
     assert {len(batch["input_ids"]) for batch in batches} == {batch_size}
     padded = [row for batch in batches for row in batch["input_ids"].tolist()]
     assert all(set(row) == {2} for row in padded[16:])  # the last batch is filled up
@@ -298,23 +299,24 @@ def test_the_rows_of_a_step_do_not_depend_on_the_micro_batch_size(batch_size):
 
 
 @pytest.mark.parametrize("packs", [1, 3, 8])
-def test_the_batches_of_all_epochs_have_the_shape_of_the_run(packs):
-    for seed in range(3):
-        order = StepOrder(LENGTHS, 4 * packs, seed, pack_length=256)
-        shape = order.batch_shape(packs, max_length=int(LENGTHS.max()))
-        assert (shape.packs, shape.length, shape.is_packed) == (packs, 256, True)
-        for epoch in range(8):
-            for step in epoch_steps(order, epoch):
-                batches = [step[start : start + packs] for start in range(0, len(step), packs)]
-                most = max(sum(len(pack) for pack in batch) for batch in batches)
-                assert most + packs + 1 <= shape.starts <= 4 * (most + packs + 1) + 64
+@pytest.mark.parametrize("lengths", [LENGTHS, np.array([250] * 40 + [3] * 200)])
+def test_the_batches_of_all_epochs_have_the_shape_of_the_run(packs, lengths):
+    order = StepOrder(lengths, 4 * packs, 0, pack_length=256)
+    shape = order.batch_shape(packs, max_length=250)
+    assert (shape.packs, shape.length, shape.is_packed) == (packs, 256, True)
+    for epoch in range(5):
+        for step in epoch_steps(order, epoch):
+            for start in range(0, len(step), packs):
+                batch = step[start : start + packs]
+                assert sum(len(pack) + 1 for pack in batch) + 1 <= shape.starts
 
 
-def test_the_shape_of_padded_rows_and_of_single_ones():
+def test_the_shape_of_padded_rows_of_single_ones_and_of_a_stream():
     order = StepOrder(LENGTHS, 8, seed=0)
     assert order.batch_shape(4, 100) == BatchShape(4, 100, is_packed=False, starts=0)
     order = StepOrder(np.full(20, 100), 8, seed=0, pack_length=128)
     assert order.batch_shape(4, 100) == BatchShape(4, 128, is_packed=True, starts=0)
+    assert order.batch_shape(4, 100, is_stream=True).starts == 4 * (order.most_rows + 1) + 1
 
 
 # ---------------------------------------------------------------- batches
