@@ -4,6 +4,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
 MODEL ?= meta-llama/Llama-2-7b-hf
+MODEL_4BIT ?= unsloth/llama-2-7b-bnb-4bit
 DATA ?= sahil2801/CodeAlpaca-20k
 
 .PHONY: demo test lint test-gpu bench plan clean
@@ -27,8 +28,8 @@ lint: .venv/installed-dev
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests
 
-bench: .venv/installed  ## speed and memory beside installed peers; MODEL is a 4-bit checkpoint, DATA instructions
-	$(BIN)/python benchmarks/run.py --model $(MODEL) --real $(DATA)
+bench: .venv/installed  ## speed and memory beside installed peers
+	$(BIN)/python benchmarks/run.py --model $(MODEL_4BIT) --real $(DATA)
 
 plan: .venv/installed  ## what a step of MODEL needs on cards of 24 and of 8 GB
 	for gb in 24 8; do \

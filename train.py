@@ -44,7 +44,10 @@ from qlora.report import data_report, report_data, short_report
 
 
 def train(config: TrainConfig):
-    """Run a whole training; returns the trained model. Raises InputError for what the user can put right."""
+    """Run a whole training, or with --plan_only what comes before it; returns the model.
+
+    Raises InputError for what the user can put right.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_device_flags(config, device)
     output_dir = Path(config.output_dir)
@@ -82,7 +85,7 @@ def train(config: TrainConfig):
     model.train()
     trainable = trainable_weights(model)
     names = [name for name, _ in trainable]
-    kernels = fuse_linears(model) if config.fused_4bit else "bitsandbytes"
+    kernels = fuse_linears(model, config.fused_4bit)
     pack_length = train_rows.max_length if choose_attention(model, autocast) and config.packing else None
     plain_head = has_plain_head(model)
     flat = FlatParameters([parameter for _, parameter in trainable])
@@ -97,7 +100,7 @@ def train(config: TrainConfig):
     # The worst step first, before any that counts: it compiles, and it finds what the card has room for.
     started = time.perf_counter()
     rehearsal = Rehearsal(
-        model, decoder_layers(model), flat, optimizer, autocast, plain_head,
+        model, decoder_layers(base), flat, optimizer, autocast, plain_head,
         compile=device.type == "cuda" if config.compile is None else config.compile,
         shape=shape,
         accumulates=config.gradient_accumulation_steps > 1,
@@ -141,6 +144,7 @@ def train(config: TrainConfig):
         run_name = config.run_name or output_dir.name
         tracker = Wandb(output_dir, run_name, dataclasses.asdict(config), is_resumed=checkpoint is not None)
     log = RunLog(output_dir, total_steps, first_step, tracker, plan.graph_bytes)
+    gc.collect()
     gc.freeze()  # all there is now lives as long as the run: the collector need not stop a step to look at it
 
     for step in range(first_step, total_steps):
@@ -192,6 +196,7 @@ def train(config: TrainConfig):
         if progress.step % config.save_steps == 0 or is_last:
             save()
 
+    gc.unfreeze()
     save_final_adapter(output_dir, model, tokenizer, settings)
     log.close()
     if plan.peak_bytes:
@@ -237,7 +242,7 @@ def describe_step(rehearsal: Rehearsal, plan: Plan, kernels: str, seconds: float
     """The start screen's lines on speed and memory."""
     compiled = "compiled" if rehearsal.compile else "not compiled"
     graphed = ", replayed as CUDA graphs" if plan.graph_bytes else ""
-    facts = {"layers": f"{plan.describe()}; {compiled}{graphed}; 4-bit weights by {kernels}"}
+    facts = {"layers": f"{plan.describe()}; {compiled}{graphed}{kernels and f'; 4-bit weights by {kernels}'}"}
     if plan.peak_bytes:
         facts["memory"] = (
             f"{plan.peak_bytes / GB:.2f} GB at the peak of a step, {plan.limit_bytes / GB:.2f} GB are there "

@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -96,6 +97,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/run.py: error: this needs a CUDA device")
+    if AutoConfig.from_pretrained(arguments.model).to_dict().get("quantization_config") is None:
+        sys.exit(f"benchmarks/run.py: error: {arguments.model} is no 4-bit checkpoint, which all would load")
     chosen = {number: CASES[number] for number in arguments.cases}
 
     groups = {}  # one process for what can share a loaded model

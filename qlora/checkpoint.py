@@ -155,6 +155,11 @@ def load_checkpoint(folder: Path, model, optimizer, scaler, names: list[str]) ->
         state = json.loads((folder / STATE).read_text())
     except Exception as error:  # safetensors has its own exception type, json and the file system have theirs
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from error
+    if "config" in state and "parameters" not in state:
+        raise InputError(
+            f"{folder} was written by an earlier version of this code: go on with that, or train its adapter "
+            "further by --adapter into another folder"
+        )
     try:
         check_complete(
             set_peft_model_state_dict(model, adapter),

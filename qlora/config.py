@@ -335,7 +335,8 @@ class TrainConfig:
         if not self.load_in_4bit:
             names = "bnb_4bit_quant_type bnb_4bit_use_double_quant fused_4bit"
             _refuse(given, names, "means nothing with --no_load_in_4bit")
-        if self.gradient_checkpointing in ("none", "0") and self.offload_activations == "on":
+        is_none = self.gradient_checkpointing == "none" or not self.gradient_checkpointing.strip("0")
+        if is_none and self.offload_activations == "on":
             raise ValueError("--offload_activations on needs checkpointed layers: it keeps their inputs")
         if not (self.validation_split or self.validation_dataset):
             _refuse(

@@ -12,10 +12,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 COMPILER = "inductor"
 
 
-def decoder_layers(model) -> list[torch.nn.Module]:
-    """The layers that can be checkpointed, in the order in which they run; [] if the model has none."""
+def decoder_layers(causal_lm) -> list[torch.nn.Module]:
+    """The decoder's layers that can be checkpointed, in the order in which they run; [] if there are none."""
     layers, inside = [], set()
-    for layer in model.modules():  # outer modules come before what they hold
+    for layer in causal_lm.get_decoder().modules():  # outer modules come before what they hold
         if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
             layers.append(layer)
             inside.update(layer.modules())
@@ -41,15 +41,13 @@ def set_up_layers(
 
     Evaluation and generation run the layers as they are: their shapes are many, and nothing is kept.
     """
-    stream = torch.cuda.Stream() if offload else None
-    before = None
+    host = HostInputs() if offload else None
     for number, layer in enumerate(layers):
         plain = train = type(layer).forward.__get__(layer)
         if compile:
             train = torch.compile(plain, backend=COMPILER, dynamic=is_dynamic, fullgraph=True)
         if number < checkpointed:
-            before = HostInput(stream, before) if offload else None
-            train = _checkpointed(train, before, is_random)
+            train = _checkpointed(train, host, is_random)
         layer.forward = _by_mode(train, plain)
 
 
@@ -60,17 +58,23 @@ def _by_mode(train, plain):
     return forward
 
 
-def _checkpointed(forward, host_input: "HostInput | None", is_random: bool):
+def _checkpointed(forward, host: "HostInputs | None", is_random: bool):
     # Non-reentrant: the reentrant kind needs an input that requires a gradient.
     again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=is_random)
+    return again if host is None else partial(_offloaded, again, host)
 
-    def run(hidden, *args, **kwargs):
-        if host_input is None:
-            return again(hidden, *args, **kwargs)
-        with saved_tensors_hooks(host_input.pack(hidden), host_input.unpack):
-            return again(hidden, *args, **kwargs)
 
-    return run
+def _offloaded(again, host: "HostInputs", hidden: torch.Tensor, *args, **kwargs):
+    pointer = hidden.data_ptr()  # autograd keeps the hook, which therefore must not hold the tensor
+
+    def pack(tensor: torch.Tensor):
+        return host.keep(tensor) if tensor.data_ptr() == pointer else tensor
+
+    def unpack(packed):
+        return host.give_back(packed) if isinstance(packed, HostInput) else packed
+
+    with saved_tensors_hooks(pack, unpack):
+        return again(hidden, *args, **kwargs)
 
 
 def drops_out(model) -> bool:
@@ -82,61 +86,54 @@ def drops_out(model) -> bool:
 
 
 class HostInput:
-    """Holds the input of one checkpointed layer in page-locked host memory until its backward pass.
+    """The input of one checkpointed layer, in page-locked host memory."""
 
-    Copies run on a stream of their own: out while the layer is computed, back while the layer after it is
-    in its backward pass. `previous` is the HostInput of the layer before.
+    def __init__(self, hidden: torch.Tensor, previous: "HostInput | None"):
+        self.host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        self.on_device = hidden  # while it is copied out, and again once it is being copied back
+        self.previous = previous
+        self.copied = torch.cuda.Event()
+
+
+class HostInputs:
+    """Holds the inputs of checkpointed layers in host memory until their backward pass.
+
+    Copies run on a stream of their own: out while the layer is computed, back while the layer after it is in
+    its backward pass. At most two inputs are then on the device.
     """
 
-    def __init__(self, stream: torch.cuda.Stream, previous: "HostInput | None"):
-        self.stream, self.previous = stream, previous
-        self.copied = torch.cuda.Event()
-        self.host = None
-        self.on_device = None  # going out: the tensor that is copied; coming back: where it is copied to
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+        self.last = None  # the input that was kept last; each knows the one before it
 
-    def pack(self, hidden: torch.Tensor):
-        """A hook for saved_tensors_hooks that takes `hidden` to the host and leaves other tensors alone."""
+    def keep(self, hidden: torch.Tensor) -> HostInput:
+        """Begin to copy an input out, and let go of the one before."""
+        if self.last is not None:
+            # Its memory may be taken once its copy is made. Kernels that come now wait for that;
+            # record_stream would leave it to the host to find out, which is far ahead.
+            torch.cuda.current_stream().wait_event(self.last.copied)
+            self.last.on_device = None
+        self.last = kept = HostInput(hidden.detach(), self.last)
+        self._copy(kept, kept.on_device, kept.host)
+        return kept
 
-        pointer = hidden.data_ptr()  # autograd keeps the hook, which therefore must not hold the tensor
-
-        def take(tensor: torch.Tensor):
-            if tensor.data_ptr() != pointer:
-                return tensor
-            if self.previous is not None:
-                self.previous.release()
-            if self.host is None or self.host.shape != tensor.shape or self.host.dtype != tensor.dtype:
-                self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._copy(tensor.detach(), self.host)
-            self.on_device = tensor.detach()
-            return self
-
-        return take
-
-    def release(self) -> None:
-        """Let go of the tensor that was copied out. Its memory may be taken once the copy is made: kernels
-        that come now wait for that, which record_stream would leave to the host to find out."""
-        torch.cuda.current_stream().wait_event(self.copied)
-        self.on_device = None
-
-    def fetch(self) -> None:
-        """Begin to copy the input back."""
-        self.on_device = torch.empty_like(self.host, device="cuda")
-        self._copy(self.host, self.on_device)
-
-    def unpack(self, packed):
-        """The hook for the backward pass: the input again, and the one before it on its way."""
-        if packed is not self:
-            return packed
-        if self.on_device is None:
-            self.fetch()
-        torch.cuda.current_stream().wait_event(self.copied)
-        hidden, self.on_device = self.on_device, None
-        if self.previous is not None:
-            self.previous.fetch()
+    def give_back(self, kept: HostInput) -> torch.Tensor:
+        """The input again, and the one before it on its way."""
+        self._fetch(kept)
+        torch.cuda.current_stream().wait_event(kept.copied)
+        hidden, kept.on_device = kept.on_device, None
+        self.last = kept.previous
+        if self.last is not None:
+            self._fetch(self.last)
         return hidden
 
-    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def _fetch(self, kept: HostInput) -> None:
+        if kept.on_device is None:
+            kept.on_device = torch.empty_like(kept.host, device="cuda")
+            self._copy(kept, kept.host, kept.on_device)
+
+    def _copy(self, kept: HostInput, source: torch.Tensor, target: torch.Tensor) -> None:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
-            self.copied.record(self.stream)
+            kept.copied.record(self.stream)

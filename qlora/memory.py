@@ -1,6 +1,7 @@
 """Which layers to checkpoint: the fewest with which a step fits the card, measured by rehearsing it."""
 
 import gc
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,8 @@ class Plan:
     graph_bytes: int = 0  # of the peak: what CUDA graphs hold, which PyTorch does not count
 
     def describe(self) -> str:
+        if not self.layers:
+            return "none that could be checkpointed or compiled by itself"
         count = {0: "none", self.layers: "all"}.get(self.checkpointed, str(self.checkpointed))
         offloaded = ", their inputs in host memory" if self.offload else ""
         return f"{count} of {self.layers} layers checkpointed{offloaded}"
@@ -69,14 +72,15 @@ class Rehearsal:
             with torch.random.fork_rng(devices=[self.model.device] if on_cuda else []):
                 self._step()
             peak = torch.cuda.max_memory_allocated() if on_cuda else 0
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             for parameter in self.flat.parameters:
                 parameter.grad = None
-            reset_optimizer(self.optimizer)
-            gc.collect()
+        gc.collect()  # what an error has left
+        reset_optimizer(self.optimizer)
         return peak
 
     def record(self) -> int:
@@ -107,16 +111,27 @@ class Rehearsal:
         self.optimizer.step()
 
 
-def memory_limit(limit_gb: float | None) -> int:
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is one of memory: PyTorch's own, cuBLAS', Triton's, or wrapped by the compiler."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error)):
+            return True
+        error = error.__cause__ or getattr(error, "inner_exception", None)
+    return False
+
+
+def limit_memory(limit_gb: float | None) -> int:
     """Bytes that the tensors of this process may take; with `limit_gb`, as on a card of so many GB.
 
     What CUDA itself and other processes have taken is subtracted, and MARGIN. With `limit_gb` PyTorch is kept
-    from allocating more.
+    from allocating more. Raises InputError if the model alone takes as much.
     """
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
     if limit_gb is None:
         return int((total - others) * (1 - MARGIN))
+    if limit_gb * GB > total:
+        print(f"--memory_limit_gb {limit_gb:g} is more than this card's {total / GB:.1f} GB, which are used.")
     ours = min(limit_gb * GB, total) - others
     if ours <= torch.cuda.memory_allocated():
         raise InputError(
@@ -202,12 +217,13 @@ def plan_layers(
     With `graphs` the decoder's passes are replayed as CUDA graphs, or one line says why not.
     """
     layers = len(rehearsal.layers)
-    if not layers and checkpointing not in ("auto", "none"):
+    if not layers and (checkpointing not in ("auto", "none") or offload == "on"):
         raise InputError("this model's layers cannot be checkpointed: use --gradient_checkpointing none")
+    rehearsal.compile = rehearsal.compile and layers > 0
     if checkpointing.isdigit() and int(checkpointing) > layers:
         raise InputError(f"--gradient_checkpointing {checkpointing}: this model has {layers} layers")
     on_cuda = rehearsal.model.device.type == "cuda"
-    limit = memory_limit(limit_gb) if on_cuda else 0
+    limit = limit_memory(limit_gb) if on_cuda else 0
     if not on_cuda and checkpointing == "auto":
         checkpointing = "all"
 
@@ -216,13 +232,17 @@ def plan_layers(
             return choose_plan(rehearsal.peak, layers, checkpointing, offload, limit)
         return choose_plan(lambda checkpointed, offload: 0, layers, checkpointing, offload, limit)
 
+    failure = None
     try:
         plan = choose()
     except Exception as error:  # compilers have many ways to fail
         if not rehearsal.compile:
             raise
-        print(f"The layers cannot be compiled here ({first_line(error)}): they run as they are, and slower.")
+        failure = first_line(error)
+    if failure is not None:  # only here: the error holds what its step had allocated
+        print(f"The layers cannot be compiled here ({failure}): they run as they are, and slower.")
         rehearsal.compile = False
+        gc.collect()
         plan = choose()
     if plan is None:
         raise InputError(_what_fits(rehearsal, checkpointing, offload != "off", limit))
@@ -265,7 +285,7 @@ def _what_fits(rehearsal: Rehearsal, checkpointing: str, offload: bool, limit: i
     """What to say of a step that does not fit."""
     size = f"{rehearsal.shape.packs} x {rehearsal.shape.length}"
     step = f"a micro-batch of {size} tokens needs more than {limit / GB:.1f} GB"
-    if checkpointing not in ("auto", "all"):
+    if checkpointing not in ("auto", "all") or not rehearsal.layers:
         return f"{step} with --gradient_checkpointing {checkpointing}: auto finds what fits"
     largest = largest_step(rehearsal, offload, limit)
     if largest is None:

@@ -158,16 +158,16 @@ class FusedLinear4bit(bnb.nn.Linear4bit):
         return out.to(x.dtype)
 
 
-def fuse_linears(model) -> str:
-    """Give the model's 4-bit linear layers the fused operation; returns a word on what they run on.
+def fuse_linears(model, is_wanted: bool = True) -> str:
+    """Give the model's 4-bit linear layers the fused operation; returns what runs them, "" if there are none.
 
     Chosen once, by trial: the first weight must come out as bitsandbytes dequantizes it, bit for bit.
-    Without CUDA or Triton, or if the trial fails, bitsandbytes' own path stays.
+    If it is not wanted, without CUDA or Triton, or if the trial fails, bitsandbytes' own path stays.
     """
     layers = [module for module in model.modules() if type(module) is bnb.nn.Linear4bit]
     if not layers:
-        return "nothing in 4 bits"
-    if layers[0].weight.device.type != "cuda":
+        return ""
+    if not is_wanted or layers[0].weight.device.type != "cuda":
         return "bitsandbytes"
     if triton is None:
         return "bitsandbytes (no Triton for the fused kernel)"
@@ -180,7 +180,7 @@ def fuse_linears(model) -> str:
     for layer in layers:
         layer.__class__ = FusedLinear4bit
         layer.share_state()
-    return "fused"
+    return "the fused kernel"
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ class FlatParameters:
 
     One launch instead of one a parameter, one norm to clip by; and bitsandbytes pages only states of 100,000
     elements and more, which few LoRA matrices have. Each parameter becomes a view of the vector at a multiple
-    of SLOT elements, so that the blocks of 8-bit states hold what they would hold without it.
+    of SLOT elements, so that the blocks of 8-bit states hold what they would hold without it. (Alone, one of
+    fewer than 4,096 elements would have 32-bit states.)
     """
 
     SLOT = 256  # elements of a block of bitsandbytes' 8-bit optimizers

@@ -64,6 +64,15 @@ def test_weights_in_another_order_are_refused(trained):
         load(trained, checkpoint)
 
 
+def test_a_checkpoint_of_an_earlier_version_is_called_that(trained):
+    checkpoint = save(trained, 3)
+    state = json.loads((checkpoint / STATE).read_text())
+    del state["parameters"]
+    (checkpoint / STATE).write_text(json.dumps(state))
+    with pytest.raises(InputError, match="an earlier version of this code"):
+        load(trained, checkpoint)
+
+
 def test_a_checkpoint_holds_no_pickle(trained):
     checkpoint = save(trained, 3)
     assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}

@@ -75,7 +75,9 @@ def test_a_batch_of_another_shape_takes_the_decoder_itself(run, replays):
 @pytest.mark.parametrize("rows", [ROWS[:2], ROWS[:1]])
 def test_replayed_graphs_have_the_loss_and_the_gradient_of_the_decoder(rows, compile):
     model, _, autocast = packed_model(torch.bfloat16)
-    qlora.layers.set_up_layers(qlora.layers.decoder_layers(model), 1, compile=compile, is_random=False)
+    qlora.layers.set_up_layers(
+        qlora.layers.decoder_layers(model.get_base_model()), 1, compile=compile, is_random=False
+    )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     starts = 8 if len(rows) > 1 else 0
     recorded = on_card([ROWS[1:2] * len(rows)] * 2, pack_length=128, starts=starts)

@@ -1,5 +1,10 @@
 """How the layers run changes nothing: compiled, checkpointed, chunked; and nothing is compiled in mid-run."""
 
+import json
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -50,9 +55,9 @@ def test_the_fast_path_has_the_losses_of_the_plain_one(run, base, tmp_path, monk
     load_tokenizer(base).save_pretrained(tmp_path / "model")
     flags = "--max_steps 12 --logging_steps 1 --packing --max_length 64 --per_device_train_batch_size 2"
     flags += " --lora_target_modules all-linear"
-    compiled = counters["stats"]["unique_graphs"]
+    before = counters["stats"]["unique_graphs"]
     _, fast = run(flags, "--compile --gradient_checkpointing 1", model=str(tmp_path / "model"), out="fast")
-    assert counters["stats"]["unique_graphs"] > compiled
+    assert counters["stats"]["unique_graphs"] > before
     monkeypatch.setattr(train, "has_plain_head", lambda model: False)  # the model's own forward, all logits
     _, plain = run(flags, "--gradient_checkpointing none", model=str(tmp_path / "model"), out="plain")
     losses = [[line["loss"] for line in metrics(folder)] for folder in (fast, plain)]
@@ -60,14 +65,10 @@ def test_the_fast_path_has_the_losses_of_the_plain_one(run, base, tmp_path, monk
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-FULL_RUN = "--compile --num_train_epochs 3 --eval_steps 1 --save_steps 2 --lora_dropout 0.1"
-
-
-@pytest.mark.parametrize("flags", ["--packing --max_length 64", "", "--streaming --max_steps 20"])
-def test_nothing_is_compiled_after_the_rehearsal(run, rows_file, monkeypatch, flags):
-    """With evaluations, checkpoints and epochs that end in a short batch."""
-    graphs = []
-    plan_layers = train.plan_layers
+@pytest.fixture
+def compiled(monkeypatch):
+    """Graphs compiled so far: [at the end of the rehearsal], to compare with those at the end of the run."""
+    graphs, plan_layers = [], train.plan_layers
 
     def planned(*arguments):
         plan = plan_layers(*arguments)
@@ -75,16 +76,113 @@ def test_nothing_is_compiled_after_the_rehearsal(run, rows_file, monkeypatch, fl
         return plan
 
     monkeypatch.setattr(train, "plan_layers", planned)
+    return graphs
+
+
+FULL_RUN = "--compile --num_train_epochs 3 --eval_steps 1 --save_steps 2 --lora_dropout 0.1"
+
+
+@pytest.mark.parametrize("flags", ["--packing --max_length 64", "", "--streaming --max_steps 20"])
+def test_nothing_is_compiled_after_the_rehearsal(run, rows_file, compiled, flags):
+    """With evaluations, checkpoints and epochs that end in a short batch."""
     flags += " --per_device_train_batch_size 2 --gradient_checkpointing 1"
     _, folder = run(FULL_RUN, flags, "--validation_dataset", rows_file)
-    assert graphs[0] > 0 and counters["stats"]["unique_graphs"] == graphs[0]
+    assert compiled[0] > 0 and counters["stats"]["unique_graphs"] == compiled[0]
     assert len(metrics(folder)) > 6
+
+
+def test_a_stream_whose_rows_get_shorter_keeps_its_shape(run, tmp_path, monkeypatch, compiled):
+    """With an attention that reads where rows start, as that on a card does."""
+
+    def varlen(query, key, value, starts, *arguments, scale, **kwargs):
+        place = torch.arange(len(query))
+        row = (place[:, None] >= starts[None, :].long()).sum(1)
+        mask = (row[:, None] == row[None, :]) & (place[:, None] >= place[None, :])
+        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        return mixed[0].transpose(0, 1)
+
+    def choose(model, autocast):
+        model.get_base_model().set_attn_implementation(VARLEN)
+        return VARLEN
+
+    monkeypatch.setattr("qlora.attention.varlen_attn", varlen)
+    monkeypatch.setattr(train, "choose_attention", choose)
+    for module in ("data", "loader"):
+        monkeypatch.setattr(f"qlora.{module}.WINDOW_ROWS", 40)
+    rows = tmp_path / "shrinking.jsonl"
+    words = "a red leaf and a green cloud over a blue river by a white stone house".split()
+    texts = [" ".join((words * 3)[: length + row % 3]) for length in (36, 20, 7, 1) for row in range(40)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = "--streaming --packing --compile --max_length 64 --max_steps 60 --per_device_train_batch_size 2"
+    run(flags, "--gradient_accumulation_steps 1", dataset=str(rows))
+    assert compiled[0] > 0 and counters["stats"]["unique_graphs"] == compiled[0]
+
+
+@pytest.fixture
+def fake_streams(monkeypatch):
+    """Copies to the host and back in place: what is left to test is which tensor comes back when."""
+    stream = SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: None)
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **kwargs: empty(*sizes, **kwargs))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda tensor, device=None, **kwargs: empty_like(tensor, **kwargs)
+    )
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 0, 1, 0]])  # also layers that run several times
+@pytest.mark.parametrize("checkpointed", [1, 3, 4])
+def test_offloaded_inputs_come_back_to_their_layer(fake_streams, order, checkpointed):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 4}))
+    layers = decoder_layers(model)
+    model.model.layers = torch.nn.ModuleList([layers[number] for number in order])
+    watching, held, keep = [], [], qlora.layers.HostInputs.keep
+
+    def watched(self, hidden):
+        watching.append(self)
+        held.append(weakref.ref(hidden.untyped_storage()))
+        kept = keep(self, hidden)
+        del hidden
+        alive = sum(reference() is not None for reference in held)
+        assert alive <= 3, "more than two inputs, and what is made of the last, are on the device"
+        return kept
+
+    gradients = []
+    for offload in (False, True):
+        qlora.layers.HostInputs.keep = watched
+        try:
+            qlora.layers.set_up_layers(decoder_layers(model), checkpointed, offload)
+            for _ in range(2):  # two micro-batches
+                hidden = model.model(torch.arange(2, 50).view(2, 24), use_cache=False).last_hidden_state
+                hidden.square().sum().backward()
+                assert not offload or watching[-1].last is None
+                held.clear()
+        finally:
+            qlora.layers.HostInputs.keep = keep
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+    pairs = [pair for pair in zip(*gradients) if pair[0] is not None]
+    assert len(pairs) > 10 and all(torch.equal(*pair) for pair in pairs)
+
+
+def test_only_the_decoders_layers_are_meant():
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=SIZES | {"head_dim": 16}, vision_config=vision)
+    with torch.device("meta"):
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    assert [type(layer).__name__ for layer in decoder_layers(model)] == ["Gemma3DecoderLayer"] * 3
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("flags", ["--packing --max_length 64", "", "--packing --max_length 24"])
-def test_nothing_is_compiled_after_the_rehearsal_on_a_card(run, rows_file, monkeypatch, flags):
-    test_nothing_is_compiled_after_the_rehearsal(run, rows_file, monkeypatch, f"{flags} --dtype float16")
+def test_nothing_is_compiled_after_the_rehearsal_on_a_card(run, rows_file, compiled, flags):
+    test_nothing_is_compiled_after_the_rehearsal(run, rows_file, compiled, f"{flags} --dtype float16")
 
 
 @pytest.mark.gpu
@@ -92,7 +190,7 @@ def test_nothing_is_compiled_after_the_rehearsal_on_a_card(run, rows_file, monke
 def test_the_host_does_not_wait_for_the_device_inside_a_micro_batch(packs):
     model, attention, autocast = packed_model(torch.bfloat16)
     assert attention == VARLEN
-    qlora.layers.set_up_layers(decoder_layers(model), 1, offload=True)
+    qlora.layers.set_up_layers(decoder_layers(model.get_base_model()), 1, offload=True)
     batch = on_card(packs, pack_length=128)
     for mode in ("default", "error"):  # the first time, libraries set themselves up
         torch.cuda.set_sync_debug_mode(mode)

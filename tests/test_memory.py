@@ -1,5 +1,6 @@
 """Which layers are checkpointed: the plan, what is said if nothing fits; a rehearsal leaves no trace."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 import qlora.layers
+import qlora.memory
 from qlora.adapter import add_adapter
 from qlora.data import BatchShape
 from qlora.errors import InputError
@@ -71,7 +73,16 @@ def a_rehearsal(model, compile=False, packs=2, length=16, optim="adamw_8bit") ->
     autocast = partial(torch.autocast, model.device.type, enabled=False)
     shape = BatchShape(packs, length, is_packed=True, starts=16)
     return Rehearsal(
-        model, decoder_layers(model), flat, optimizer, autocast, True, compile, shape, True, is_dynamic=False
+        model,
+        decoder_layers(model.get_base_model()),
+        flat,
+        optimizer,
+        autocast,
+        True,
+        compile,
+        shape,
+        True,
+        is_dynamic=False,
     )
 
 
@@ -119,7 +130,7 @@ def test_more_layers_than_there_are_are_refused(model):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--plan_only", "--memory_limit_gb 8", "--offload_activations on", "--cuda_graphs"]
+    "flag", ["--plan_only", "--memory_limit_gb 8", "--offload_activations on", "--cuda_graphs --packing"]
 )
 def test_what_needs_a_card_is_refused_without_one(run, flag, tmp_path):
     with pytest.raises(InputError, match=f"{flag.split()[0]}.* needs a CUDA device"):
@@ -138,6 +149,53 @@ def test_a_compiler_that_fails_costs_one_line(run, monkeypatch, capsys):
     assert out.count("cannot be compiled") == 1 and "; not compiled;" in out
     _, plain = run("--max_steps 2 --logging_steps 1", out="plain")
     assert [line["loss"] for line in metrics(folder)] == [line["loss"] for line in metrics(plain)]
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory.", "CUBLAS_STATUS_ALLOC_FAILED when calling"])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_any_error_of_memory_is_a_step_that_does_not_fit(model, monkeypatch, message, is_wrapped):
+    def fail():
+        if is_wrapped:
+            raise RuntimeError("backend failed") from RuntimeError(message)
+        raise RuntimeError(message)
+
+    rehearsal = a_rehearsal(model)
+    monkeypatch.setattr(rehearsal.flat, "gather_gradients", fail)
+    assert rehearsal.peak(1, False) is None
+    assert all(parameter.grad is None for parameter in rehearsal.flat.parameters)
+
+
+def test_another_error_in_a_rehearsal_is_not_hidden(model, monkeypatch):
+    rehearsal = a_rehearsal(model)
+    monkeypatch.setattr(rehearsal.flat, "gather_gradients", lambda: int("no number"))
+    with pytest.raises(ValueError, match="no number"):
+        rehearsal.peak(1, False)
+
+
+def test_nothing_of_a_failed_compilation_is_left_when_the_plan_is_made_again(run, monkeypatch):
+    """Else the second plan would be measured beside the activations of the first."""
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    batches, alive = [], []
+    make = Rehearsal._batch
+
+    def batch(self):
+        made = make(self)
+        batches.append(weakref.ref(made["input_ids"]))
+        return made
+
+    def choose(*arguments):
+        alive.append([reference() is not None for reference in batches])
+        return choose_plan(*arguments)
+
+    monkeypatch.setattr(qlora.layers, "COMPILER", broken)
+    monkeypatch.setattr(Rehearsal, "_batch", batch)
+    monkeypatch.setattr(qlora.memory, "choose_plan", choose)
+    torch._dynamo.reset()
+    run("--max_steps 1 --compile")
+    assert alive == [[], [False]]
 
 
 # ---------------------------------------------------------------- on a card
@@ -192,6 +250,7 @@ def test_the_plan_fits_the_memory_it_was_made_for_and_a_larger_step_says_what_wo
 @pytest.mark.parametrize("compile", [False, True])
 def test_checkpointed_and_offloaded_layers_have_the_gradient_of_plain_ones(large_model, compile):
     rehearsal = a_rehearsal(large_model, compile, packs=2, length=256)
+    torch.nn.init.normal_(rehearsal.flat.vector, std=0.02)  # B starts at 0, which leaves A without a gradient
     gradients = []
     monkey = rehearsal.flat.gather_gradients
 
