@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,7 @@ def ours(case: Case, model: str, real: str, folder: Path) -> dict:
     """Run train.py on a case; {} if it fails."""
     data = real if case.is_real else write_full_rows(folder / f"full-{case.length}.jsonl", case)
     output = folder / f"run-{CASES.index(case)}"
+    model = with_positions(model, case.length, folder / "longer")
     command = [sys.executable, str(ROOT / "train.py"), "--model", model, "--dataset", str(data)]
     command += ["--output_dir", str(output), "--lora_target_modules", *TARGETS[case.targets]]
     command += ["--per_device_train_batch_size", str(case.batch), "--max_length", str(case.length)]
@@ -50,6 +52,23 @@ def ours(case: Case, model: str, real: str, folder: Path) -> dict:
         "gb": round(lines[-1]["peak_memory_gb"], 2),
         "plan": plan.removeprefix("layers").strip(),
     }
+
+
+def with_positions(model: str, length: int, folder: Path) -> str:
+    """The model, or a folder of links to it whose configuration allows rows of `length` tokens.
+
+    train.py keeps to the context that a model was made for; its peers stretch it unasked.
+    """
+    if AutoConfig.from_pretrained(model).max_position_embeddings >= length:
+        return model
+    folder.mkdir(exist_ok=True)
+    for file in Path(model if Path(model).is_dir() else snapshot_download(model)).iterdir():
+        if file.name != "config.json" and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+    config = AutoConfig.from_pretrained(model)
+    config.max_position_embeddings = length
+    config.save_pretrained(folder)
+    return str(folder)
 
 
 def write_full_rows(path: Path, case: Case) -> Path:
