@@ -104,7 +104,6 @@ def train(config: TrainConfig):
         compile=device.type == "cuda" if config.compile is None else config.compile,
         shape=shape,
         accumulates=config.gradient_accumulation_steps > 1,
-        is_dynamic=not shape.is_packed,
     )  # fmt: skip
     plan = plan_layers(
         rehearsal, config.gradient_checkpointing, config.offload_activations, config.memory_limit_gb,
@@ -259,7 +258,7 @@ def describe_run(config, model, loader, total_steps, checkpoint, replaced) -> st
     if quantization:  # only linear layers are: the experts of some models are not, and stay 16-bit
         kind = quantization["bnb_4bit_quant_type"]
         weights = f"{quantized_share(model):.1%} of them {kind}, the others {weights}"
-    base_gb = base_memory_bytes(model) / 2**30
+    base_gb = base_memory_bytes(model) / GB
     on_cuda = model.device.type == "cuda"
     slow = " (float16 is slow there: --dtype float32 or bfloat16)" if config.dtype == "float16" else ""
     order = loader.order

@@ -6,6 +6,7 @@ TARGETS = {
     "qv": ["q_proj", "v_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+REAL = "sahil2801/CodeAlpaca-20k"
 WARM_UP = 5  # steps that are not measured: compilation, memory, clocks
 
 

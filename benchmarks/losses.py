@@ -16,6 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cases import REAL  # noqa: E402
+
 PLAIN = ["--no_compile", "--no_fused_4bit"]
 
 
@@ -40,7 +42,7 @@ def train_here(flags: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--real", default="sahil2801/CodeAlpaca-20k")
+    parser.add_argument("--real", default=REAL)
     parser.add_argument("--steps", type=int, default=200)
     arguments, flags = parser.parse_known_args()
     flags += ["--model", arguments.model, "--dataset", arguments.real, "--max_steps", str(arguments.steps)]

@@ -25,7 +25,7 @@ from transformers import AutoConfig
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cases import CASES, TARGETS, WARM_UP, Case  # noqa: E402
+from benchmarks.cases import CASES, REAL, TARGETS, WARM_UP, Case  # noqa: E402
 
 EXPENSIVE = 4096  # longer cases get a process of their own: peers size their tables by the longest
 
@@ -110,7 +110,7 @@ def describe(result: dict, beside: dict | None = None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--real", default="sahil2801/CodeAlpaca-20k")
+    parser.add_argument("--real", default=REAL)
     parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)))
     parser.add_argument("--peers", nargs="*", default=["unsloth", "trl"])
     arguments = parser.parse_args()

@@ -70,8 +70,7 @@ def rows_are_apart(causal_lm, choice: str, usual: str, autocast) -> bool:
     def hidden(*rows: torch.Tensor, pack_length: int | None) -> torch.Tensor:
         batch = to_device(collate([[(row, row) for row in rows]], 0, pack_length), causal_lm.device)
         with autocast():
-            output = causal_lm.get_decoder()(**attention_inputs(causal_lm, batch), use_cache=False)
-        return output.last_hidden_state[0, : sum(map(len, rows))]
+            return decode(causal_lm, batch)[0, : sum(map(len, rows))]
 
     causal_lm.set_attn_implementation(usual)
     alone = torch.cat([hidden(row, pack_length=None) for row in (first, second)]).float()
@@ -97,6 +96,11 @@ def attention_inputs(causal_lm, batch: dict[str, torch.Tensor]) -> dict:
     if "seq_starts" in batch:
         inputs |= {"cu_seq_lens_q": batch["seq_starts"], "cu_seq_lens_k": batch["seq_starts"]}
     return inputs
+
+
+def decode(causal_lm, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The last hidden states (packs, length, d) of a batch of collate()'s."""
+    return causal_lm.get_decoder()(**attention_inputs(causal_lm, batch), use_cache=False).last_hidden_state
 
 
 def varlen_attention(

@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import torch
 
-from qlora.loss import decode
+from qlora.attention import decode
 
 
 class GraphedDecoder:
     """Replays what the decoder did to one batch on other batches of its shape.
 
-    Called in place of loss.decode it returns the hidden states (packs, length, d); their backward pass adds
-    to the parameters' gradients as that of the decoder does. A batch of another shape takes the decoder
+    Called in place of attention.decode it returns the hidden states (packs, length, d); their backward pass
+    adds to the parameters' gradients as that of the decoder does. A batch of another shape takes the decoder
     itself. Everything must have run before on that shape, and nothing in it may wait for the host.
     """
 
@@ -19,7 +19,7 @@ class GraphedDecoder:
         self, causal_lm, batch: dict[str, torch.Tensor], parameters: list[torch.nn.Parameter], autocast
     ):
         self.parameters = parameters
-        self.batch = {name: tensor.clone() for name, tensor in batch.items() if not name.startswith("target")}
+        self.batch = {name: tensor.clone() for name, tensor in _inputs(batch).items()}
         self.anchor = torch.zeros((), device=parameters[0].device, requires_grad=True)
 
         def forward():
@@ -42,8 +42,8 @@ class GraphedDecoder:
         return _Replayed.apply(self.anchor, self)
 
     def _fits(self, batch: dict[str, torch.Tensor]) -> bool:
-        shapes = {name: tensor.shape for name, tensor in batch.items() if not name.startswith("target")}
-        return shapes == {name: tensor.shape for name, tensor in self.batch.items()}
+        shapes = [{name: x.shape for name, x in inputs.items()} for inputs in (_inputs(batch), self.batch)]
+        return shapes[0] == shapes[1]
 
     def replay_backward(self, grad_hidden: torch.Tensor) -> None:
         """Add to the parameters' gradients what follows from that of the hidden states."""
@@ -60,6 +60,11 @@ class GraphedDecoder:
             for parameter, _ in new:
                 parameter.grad = torch.empty_like(parameter)
             torch._foreach_copy_([parameter.grad for parameter, _ in new], [gradient for _, gradient in new])
+
+
+def _inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch goes into the decoder: all but the targets."""
+    return {name: tensor for name, tensor in batch.items() if not name.startswith("target")}
 
 
 def record(work: Callable[[], None], pool=None) -> torch.cuda.CUDAGraph:

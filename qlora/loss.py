@@ -6,15 +6,10 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from qlora.attention import attention_inputs
+from qlora.attention import attention_inputs, decode
 
 LOGITS = 2**24  # of a chunk of targets: 67 MB in float32, and half of that twice in 16 bits
 MIN_CHUNK = 256  # fewer targets would leave the head's matrix products too thin
-
-
-def decode(causal_lm, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The last hidden states (packs, length, d) of a batch of collate()'s."""
-    return causal_lm.get_decoder()(**attention_inputs(causal_lm, batch), use_cache=False).last_hidden_state
 
 
 def next_token_loss(
@@ -73,9 +68,8 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor):
         (gradient,) = ctx.saved_tensors
-        for rows in gradient.split(
-            MIN_CHUNK
-        ):  # in place, and in float32: 16 bits would round the scale itself
+        # In place, a part at a time, and in float32: 16 bits would round the scale itself.
+        for rows in gradient.split(MIN_CHUNK):
             rows.copy_(rows.float() * grad_total)
         return gradient, None, None
 

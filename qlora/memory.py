@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qlora.attention import decode
 from qlora.data import BatchShape, collate, to_device
 from qlora.errors import InputError, first_line
 from qlora.graphs import GraphedDecoder
 from qlora.layers import drops_out, set_up_layers
-from qlora.loss import decode, next_token_loss
+from qlora.loss import next_token_loss
 from qlora.optim import FlatParameters, reset_optimizer
 
 GB = 2**30
@@ -50,12 +51,13 @@ class Rehearsal:
     compile: bool
     shape: BatchShape
     accumulates: bool  # whether a step has several micro-batches
-    is_dynamic: bool  # whether batches change their shape, as padded ones do
     decode: Callable = decode  # or a GraphedDecoder
+    any_shape: bool = False  # compile once for batches of every shape, as is done for padded ones
 
     def set_up(self, checkpointed: int, offload: bool) -> None:
+        is_dynamic = self.any_shape or not self.shape.is_packed
         is_random = drops_out(self.model)
-        set_up_layers(self.layers, checkpointed, offload, self.compile, self.is_dynamic, is_random)
+        set_up_layers(self.layers, checkpointed, offload, self.compile, is_dynamic, is_random)
 
     def peak(self, checkpointed: int, offload: bool) -> int | None:
         """Bytes allocated at the peak of a step: forward, backward, optimizer. None if there are not enough.
@@ -77,8 +79,7 @@ class Rehearsal:
                 raise
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-            for parameter in self.flat.parameters:
-                parameter.grad = None
+            self.model.zero_grad(set_to_none=True)
         gc.collect()  # what an error has left
         reset_optimizer(self.optimizer)
         return peak
@@ -188,7 +189,7 @@ def largest_step(rehearsal: Rehearsal, offload: bool, limit: int) -> tuple[int, 
 
     def fits(packs: int, length: int) -> bool:
         shape = replace(rehearsal.shape, packs=packs, length=length)
-        smaller = replace(rehearsal, shape=shape, is_dynamic=True)  # one compilation for all
+        smaller = replace(rehearsal, shape=shape, any_shape=True)
         needed = smaller.peak(len(rehearsal.layers), offload)
         return needed is not None and needed <= limit
 
@@ -228,9 +229,8 @@ def plan_layers(
         checkpointing = "all"
 
     def choose() -> Plan | None:
-        if on_cuda or rehearsal.compile:
-            return choose_plan(rehearsal.peak, layers, checkpointing, offload, limit)
-        return choose_plan(lambda checkpointed, offload: 0, layers, checkpointing, offload, limit)
+        peak = rehearsal.peak if on_cuda or rehearsal.compile else lambda checkpointed, offload: 0
+        return choose_plan(peak, layers, checkpointing, offload, limit)
 
     failure = None
     try:
@@ -258,7 +258,7 @@ def plan_layers(
 def _with_graphs(rehearsal: Rehearsal, plan: Plan) -> Plan:
     """The plan with the decoder's passes replayed as CUDA graphs, or as it is where that cannot be."""
     reason = None
-    if rehearsal.is_dynamic:
+    if not rehearsal.shape.is_packed:
         reason = "padded batches have many shapes"
     elif not rehearsal.plain_head:
         reason = "this model's head does more than a matrix product"

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from qlora.adapter import ADAPTER
-from qlora.attention import VARLEN, attention_inputs, choose_attention
+from qlora.attention import VARLEN, choose_attention, decode
 from qlora.data import collate, to_device
 from qlora.loss import next_token_loss
 from qlora.optim import build_optimizer, optimizer_tensors, restore_optimizer
@@ -141,7 +141,6 @@ def test_a_changed_token_of_one_row_leaves_the_others_bit_identical():
     hidden = []
     for pack in (ROWS, changed):
         with torch.no_grad(), autocast():
-            inputs = attention_inputs(model.get_base_model(), on_card([pack], pack_length=192))
-            output = model.get_base_model().get_decoder()(**inputs, use_cache=False).last_hidden_state[0]
+            output = decode(model.get_base_model(), on_card([pack], pack_length=192))[0]
         hidden.append(output.split([40, 17, 64, 9, 30, 32]))
     assert [torch.equal(*pair) for pair in zip(*hidden)] == [True, True, False, True, True, True]

@@ -7,8 +7,9 @@ import torch
 
 import qlora.graphs
 import train
+from qlora.attention import decode
 from qlora.graphs import GraphedDecoder
-from qlora.loss import decode, next_token_loss
+from qlora.loss import next_token_loss
 from qlora.memory import Rehearsal
 from tests.test_gpu import ROWS, on_card, packed_model
 from tests.test_train import adapter, assert_same, metrics

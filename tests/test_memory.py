@@ -73,16 +73,7 @@ def a_rehearsal(model, compile=False, packs=2, length=16, optim="adamw_8bit") ->
     autocast = partial(torch.autocast, model.device.type, enabled=False)
     shape = BatchShape(packs, length, is_packed=True, starts=16)
     return Rehearsal(
-        model,
-        decoder_layers(model.get_base_model()),
-        flat,
-        optimizer,
-        autocast,
-        True,
-        compile,
-        shape,
-        True,
-        is_dynamic=False,
+        model, decoder_layers(model.get_base_model()), flat, optimizer, autocast, True, compile, shape, True
     )
 
 
