@@ -16,33 +16,38 @@ try:
 except ImportError:  # torch builds for the CPU come without it
     triton = None
 
-TILE = 2048  # packed bytes, two weights each, that one program of the kernel reads (or one block, if larger)
+TILE = 2048  # weights that one program of the kernel writes
 
 if triton is not None:
 
     @triton.jit
     def _dequantize_kernel(
         packed, absmax, constants, weight, numel,
-        BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND_TO: tl.constexpr, BLOCKS: tl.constexpr,
+        BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROUND_TO: tl.constexpr, TILE: tl.constexpr,
+        WORD: tl.constexpr,
     ):  # fmt: skip
         """weight = code[nibble] * absmax[block of BLOCK weights], the high nibble of a byte first.
 
         With double quantization (NESTED_BLOCK > 0) absmax holds bytes, and what it stands for is
         nested_code[byte] * nested_absmax[block // NESTED_BLOCK] + offset (arXiv 2305.14314, section 3).
         `constants` are code (16 of them), then nested_code (256), offset (1) and nested_absmax, all float32.
+
+        Each lane reads one word of `packed`, WORD weights, and writes those: with 8 that is 4 bytes read and
+        16 written, neighbours beside each other, as the memory likes it.
         """
-        block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-        is_block = block * BLOCK < numel
-        scale = tl.load(absmax + block, mask=is_block, other=0)
+        word = tl.program_id(0) * (TILE // WORD) + tl.arange(0, TILE // WORD)
+        is_word = word * WORD < numel
+        block = word // (BLOCK // WORD)
+        scale = tl.load(absmax + block, mask=is_word, other=0)
         if NESTED_BLOCK:
-            nested_absmax = tl.load(constants + 273 + block // NESTED_BLOCK, mask=is_block, other=0.0)
+            nested_absmax = tl.load(constants + 273 + block // NESTED_BLOCK, mask=is_word, other=0.0)
             scale = tl.load(constants + 16 + scale.to(tl.int32)) * nested_absmax + tl.load(constants + 272)
-        index = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-        byte = tl.load(packed + index, mask=2 * index < numel, other=0).to(tl.int32)
-        first = tl.load(constants + (byte >> 4)) * scale[:, None]
-        second = tl.load(constants + (byte & 15)) * scale[:, None]
-        value = tl.interleave(first, second).to(ROUND_TO)  # to the type that the weights had before
-        out = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        bits = tl.load(packed + word, mask=is_word, other=0).to(tl.int32)
+        place = tl.arange(0, WORD)
+        shift = place // 2 * 8 + (1 - place % 2) * 4  # the lowest byte first, in each the high nibble first
+        value = tl.load(constants + (bits[:, None] >> shift[None, :] & 15)) * scale[:, None]
+        out = word[:, None] * WORD + place[None, :]
+        value = value.to(ROUND_TO)  # the type that the weights had before
         tl.store(weight + out, value.to(weight.dtype.element_ty), mask=out < numel)
 
     TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -65,9 +70,10 @@ def dequantize(
     """
     weight = torch.empty(shape, dtype=dtype, device=packed.device)
     numel = weight.numel()
-    tile = max(2 * TILE // blocks[0], 1)
-    _dequantize_kernel[(triton.cdiv(numel, tile * blocks[0]),)](
-        packed, absmax, constants, weight, numel, *blocks, TRITON_TYPE[round_to], tile,
+    word = 8 if numel % 8 == 0 else 2  # four bytes in one read, or one where four would pass the end
+    _dequantize_kernel[(triton.cdiv(numel, TILE),)](
+        packed.view(torch.int32) if word == 8 else packed, absmax, constants, weight, numel, *blocks,
+        TRITON_TYPE[round_to], TILE, word,
         enable_fp_fusion=False,  # bitsandbytes rounds between the product and the sum
     )  # fmt: skip
     return weight
