@@ -4,6 +4,7 @@ pass."""
 from functools import partial
 
 import torch
+import torch._functorch.config as partitioner
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
@@ -41,6 +42,11 @@ def set_up_layers(
 
     Evaluation and generation run the layers as they are: their shapes are many, and nothing is kept.
     """
+    if compile:
+        # Computed again in the backward pass, beside what is computed there anyway: the products of
+        # elementwise operations on what is kept. By default those that go into a matrix product are kept too.
+        partitioner.ban_recompute_materialized_backward = False
+        partitioner.ban_recompute_used_far_apart = False
     host = HostInputs() if offload else None
     for number, layer in enumerate(layers):
         plain = train = type(layer).forward.__get__(layer)

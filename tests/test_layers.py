@@ -9,13 +9,15 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
+from torch.autograd.graph import saved_tensors_hooks
 
 import qlora.layers
 import train
+from qlora.adapter import add_adapter
 from qlora.attention import VARLEN
-from qlora.layers import decoder_layers
+from qlora.layers import decoder_layers, set_up_layers
 from qlora.loss import next_token_loss
-from qlora.model import load_tokenizer
+from qlora.model import load_tokenizer, trainable_weights
 from tests.test_gpu import ROWS as CARD_ROWS
 from tests.test_gpu import on_card, packed_model
 from tests.test_train import metrics
@@ -63,6 +65,27 @@ def test_the_fast_path_has_the_losses_of_the_plain_one(run, base, tmp_path, monk
     losses = [[line["loss"] for line in metrics(folder)] for folder in (fast, plain)]
     assert losses[1][-1] < losses[1][0] - 0.1  # something was learned
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_compiled_layer_keeps_nothing_that_elementwise_operations_make_again(monkeypatch):
+    """The MLP's product goes into a LoRA matrix: its gradient needs it, but two kept tensors make it."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(qlora.layers, "COMPILER", "aot_eager_decomp_partition")
+    causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
+    model = add_adapter(causal_lm, 4, 8, 0.0, ["gate_proj", "up_proj", "down_proj"], False, False)
+    set_up_layers(decoder_layers(causal_lm), 0, compile=True, is_random=False)
+    kept, wide = {}, SIZES["intermediate_size"]
+
+    def keep(tensor):
+        if tensor.shape[-1] == wide and tensor.numel() == 2 * 9 * wide:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = causal_lm.model(torch.arange(18).view(2, 9), use_cache=False).last_hidden_state
+    hidden.sum().backward()
+    assert len(kept) == 2 * SIZES["num_hidden_layers"]
+    assert all(weight.grad is not None for _, weight in trainable_weights(model))
 
 
 @pytest.fixture
