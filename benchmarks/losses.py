@@ -2,12 +2,13 @@
 
 python benchmarks/losses.py --model MODEL --real DATA [--steps 200] [train.py's flags]
 
-Trains twice: as train.py does, and uncompiled on bitsandbytes' own 4-bit layers, with all logits held. Prints
-the largest and the mean difference of their losses.
+Trains three times: as train.py does; uncompiled on bitsandbytes' own 4-bit layers, with all logits held; and
+so again with each step split in two. The third shows how far rounding alone drives two trainings apart.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.cases import REAL  # noqa: E402
 
-PLAIN = ["--no_compile", "--no_fused_4bit"]
+PLAIN = ["--no_compile", "--no_fused_4bit", "--no_cuda_graphs"]
+STEP, SPLIT_STEP = (
+    ["--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(4 // batch)]
+    for batch in (4, 2)
+)
 
 
 def losses(flags: list[str], folder: str) -> tuple[list[float], float]:
@@ -48,13 +53,25 @@ def main() -> None:
     flags += ["--model", arguments.model, "--dataset", arguments.real, "--max_steps", str(arguments.steps)]
     flags += ["--logging_steps", "1", "--save_steps", "100000", "--lora_dropout", "0"]
     with tempfile.TemporaryDirectory() as folder:
-        fast, fast_speed = losses(flags, f"{folder}/fast")
-        plain, plain_speed = losses([*flags, *PLAIN], f"{folder}/plain")
-    differences = [abs(left - right) for left, right in zip(fast, plain, strict=True)]
+        fast, fast_speed = losses([*flags, *STEP], f"{folder}/fast")
+        plain, plain_speed = losses([*flags, *STEP, *PLAIN], f"{folder}/plain")
+        split, _ = losses([*flags, *SPLIT_STEP, *PLAIN], f"{folder}/split")
     print(
-        f"{len(differences)} steps, loss {plain[0]:.4f} to {plain[-1]:.4f}: differences at most "
-        f"{max(differences):.1e}, {sum(differences) / len(differences):.1e} in the mean; "
-        f"{fast_speed:,.0f} and {plain_speed:,.0f} tokens/s"
+        f"{len(plain)} steps, loss {plain[0]:.4f} to {plain[-1]:.4f}; {fast_speed:,.0f} tokens/s fast, ",
+        end="",
+    )
+    print(f"{plain_speed:,.0f} plain")
+    print(f"fast against plain: {difference(fast, plain)}")
+    print(f"plain, split in two, against plain: {difference(split, plain)}")
+
+
+def difference(left: list[float], right: list[float]) -> str:
+    """How far two runs are apart."""
+    differences = [one - other for one, other in zip(left, right, strict=True)]
+    sizes = [abs(difference) for difference in differences]
+    return (
+        f"at most {max(sizes):.1e} at a step, {statistics.mean(differences):+.1e} in the mean, "
+        f"{statistics.mean(sizes):.1e} in the mean size"
     )
 
 

@@ -21,6 +21,11 @@ def flag(default, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def optional_flag(help: str):
+    """A switch that is None unless it stands on the command line."""
+    return dataclasses.field(default=None, metadata={"help": help, "nargs": "?", "const": True})
+
+
 @dataclass
 class TrainConfig:
     # Model
@@ -205,19 +210,14 @@ class TrainConfig:
         None, "Plan for, and never take more than, this much memory (2^30 bytes), as on a smaller card."
     )
     plan_only: bool = flag(False, "Print what a step needs and which layers are checkpointed, and end.")
-    compile: bool | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Compile the decoder layers, each by itself. Default: with CUDA. What cannot be compiled "
-            "runs as it is.",
-            "nargs": "?",
-            "const": True,
-        },
+    compile: bool | None = optional_flag(
+        "Compile the decoder layers, each by itself. Default: with CUDA. What cannot be compiled runs as it "
+        "is."
     )
-    cuda_graphs: bool = flag(
-        False,
-        "Record the decoder's forward and backward pass once, and replay them with one launch each: for "
-        "small steps, which take longer to launch than to compute. Needs packed rows: batches of one shape.",
+    cuda_graphs: bool | None = optional_flag(
+        "Record the decoder's forward and backward pass once, and replay them with one launch each: small "
+        "steps take longer to launch than to compute. Needs packed rows: batches of one shape. Default: "
+        "where it can be done."
     )
     fused_4bit: bool = flag(
         True,

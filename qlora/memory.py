@@ -210,12 +210,13 @@ def largest_step(rehearsal: Rehearsal, offload: bool, limit: int) -> tuple[int, 
 
 
 def plan_layers(
-    rehearsal: Rehearsal, checkpointing: str, offload: str, limit_gb: float | None, graphs: bool = False
+    rehearsal: Rehearsal, checkpointing: str, offload: str, limit_gb: float | None, graphs: bool | None = None
 ) -> Plan:
     """Choose how the layers run, and have them run so. Raises InputError if a step does not fit.
 
     Without a card, where there is nothing to measure, `auto` is all. A compiler that fails costs one line.
-    With `graphs` the decoder's passes are replayed as CUDA graphs, or one line says why not.
+    With `graphs` the decoder's passes are replayed as CUDA graphs, or one line says why not; with None it is
+    done where it can be.
     """
     layers = len(rehearsal.layers)
     if not layers and (checkpointing not in ("auto", "none") or offload == "on"):
@@ -248,24 +249,31 @@ def plan_layers(
         raise InputError(_what_fits(rehearsal, checkpointing, offload != "off", limit))
     rehearsal.set_up(plan.checkpointed, plan.offload)
     if on_cuda:
-        if graphs:
-            plan = _with_graphs(rehearsal, plan)
+        if graphs is not False:
+            plan = _with_graphs(rehearsal, plan, is_asked=graphs is True)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return plan
 
 
-def _with_graphs(rehearsal: Rehearsal, plan: Plan) -> Plan:
-    """The plan with the decoder's passes replayed as CUDA graphs, or as it is where that cannot be."""
-    reason = None
+def _why_no_graphs(rehearsal: Rehearsal, plan: Plan) -> str | None:
+    """What keeps the decoder's passes from being recorded; None if nothing is known to."""
     if not rehearsal.shape.is_packed:
-        reason = "padded batches have many shapes"
-    elif not rehearsal.plain_head:
-        reason = "this model's head does more than a matrix product"
-    elif plan.offload:
-        reason = "inputs of layers wait in host memory"
-    elif plan.checkpointed and drops_out(rehearsal.model):
-        reason = "checkpointed layers with dropout must draw the same numbers twice"
+        return "padded batches have many shapes"
+    if not rehearsal.plain_head:
+        return "this model's head does more than a matrix product"
+    if plan.offload:
+        return "inputs of layers wait in host memory"
+    if plan.checkpointed and drops_out(rehearsal.model):
+        return "checkpointed layers with dropout must draw the same numbers twice"
+    return None
+
+
+def _with_graphs(rehearsal: Rehearsal, plan: Plan, is_asked: bool) -> Plan:
+    """The plan with the decoder's passes replayed as CUDA graphs, or as it is where that cannot be."""
+    reason = _why_no_graphs(rehearsal, plan)
+    if reason is not None and not is_asked:
+        return plan
     if reason is None:
         try:
             held = rehearsal.record()
