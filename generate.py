@@ -14,9 +14,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from qlora.adapter import SETTINGS, check_adapter, load_adapter, load_settings
+from qlora.adapter import SETTINGS, check_adapter, check_base, load_adapter, load_settings
 from qlora.config import GenerateConfig, parse_args
 from qlora.errors import InputError
+from qlora.fingerprint import base_fingerprint
 from qlora.generation import PromptWriter, generate
 from qlora.model import load_base, load_config, load_tokenizer
 from qlora.rows import read_rows
@@ -71,12 +72,15 @@ def main(config: GenerateConfig) -> None:
     elif config.prompt is not None:
         prompt = writer.chat([{"role": "user", "content": config.prompt}])
 
-    model = load_base(
+    base = load_base(
         config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
         config.bnb_4bit_use_double_quant, config.trust_remote_code,
     )  # fmt: skip
+    model = base
     if config.adapter:
-        model = load_adapter(model, config.adapter, is_trainable=False)
+        if not config.allow_other_base:
+            check_base(config.adapter, base_fingerprint(config.model), "--allow_other_base")
+        model = load_adapter(base, config.adapter, is_trainable=False)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     options = {
         "max_new_tokens": config.max_new_tokens,

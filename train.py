@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import math
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -17,21 +18,25 @@ import torch
 import transformers
 from torch.nn.utils import clip_grad_norm_
 
-from qlora.adapter import ADAPTER, add_adapter, kept_settings, load_adapter, save_final_adapter
+from qlora.adapter import ADAPTER, add_adapter, check_base, kept_settings, load_adapter, save_final_adapter
 from qlora.attention import choose_attention
 from qlora.checkpoint import (
-    Progress,
+    checkpoint_bytes,
     find_checkpoint,
     later_checkpoints,
     list_checkpoints,
     load_checkpoint,
+    load_state,
+    load_weights,
     replace_later,
     save_checkpoint,
 )
 from qlora.config import TrainConfig, parse_args
 from qlora.data import WINDOW_ROWS, load_data, to_device
-from qlora.errors import InputError
-from qlora.evaluate import evaluate_loss
+from qlora.errors import InputError, first_line
+from qlora.evaluate import eval_batches, evaluate_loss
+from qlora.files import check_space, damage, lock_folder, remove_leftovers
+from qlora.fingerprint import base_fingerprint, refuse_changes, rows_fingerprint, tokenizer_fingerprint
 from qlora.layers import decoder_layers
 from qlora.loader import make_loader, make_order
 from qlora.log import RunLog, Wandb, start_screen
@@ -40,25 +45,45 @@ from qlora.memory import GB, Plan, Rehearsal, plan_layers
 from qlora.model import base_memory_bytes, check_gradients, load_base, quantized_share, trainable_weights
 from qlora.nf4 import fuse_linears
 from qlora.optim import FlatParameters, build_optimizer, lr_at
+from qlora.progress import Progress
 from qlora.report import data_report, report_data, short_report
+from qlora.stop import Rescue, Stop
 
 
 def train(config: TrainConfig):
-    """Run a whole training, or with --plan_only what comes before it; returns the model.
+    """Run a training; returns the model.
 
-    Raises InputError for what the user can put right.
+    Raises InputError for what the user can put right, SystemExit after a checkpoint if it is asked to stop.
     """
+    stop = Stop(config.max_hours and time.monotonic() + 3600 * config.max_hours)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_device_flags(config, device)
+    if config.plan_only:
+        return run(config, device, stop, None)
     output_dir = Path(config.output_dir)
     checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
-    if not config.plan_only:
-        check_output_dir(output_dir, config, checkpoint)
+    check_output_dir(output_dir, config, checkpoint)
+    with lock_folder(output_dir):
+        remove_leftovers(output_dir)
+        return run(config, device, stop, checkpoint)
+
+
+def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path | None):
+    """Set up, then loop. With --plan_only, what comes before the loop."""
+    output_dir = Path(config.output_dir)
     dtype = getattr(torch, config.dtype)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
+    # A resume must find all that the training depends on as it was; each part is compared once it is known.
+    fingerprint = config.guarded_flags()
+    then = load_state(checkpoint)["fingerprint"] if checkpoint else None
+    same = partial(refuse_changes, then, fingerprint, config.allow_changes, checkpoint)
+    same()
+
     # Data before the model: a bad row should not cost the minutes that loading takes.
     tokenizer, model_config, train_rows, validation_rows = load_data(config)
+    fingerprint |= {"tokenizer": tokenizer_fingerprint(tokenizer), "data": rows_fingerprint(train_rows)}
+    same()
     pad_id = tokenizer.eos_token_id  # padding is told apart by position, never by its id, so any id serves
     batch = config.per_device_train_batch_size, config.gradient_accumulation_steps
     report = data_report(train_rows, validation_rows, *batch, config.seed)
@@ -74,8 +99,12 @@ def train(config: TrainConfig):
         config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
         config.bnb_4bit_use_double_quant, config.trust_remote_code,
     )  # fmt: skip
+    fingerprint["base"] = base_fingerprint(config.model)
+    same()
     transformers.set_seed(config.seed)  # before the adapter: its A matrices start at random
     if config.adapter:
+        if "base" not in config.allow_changes:
+            check_base(config.adapter, fingerprint["base"], "--allow_changes base")
         model = load_adapter(base, config.adapter, is_trainable=True)
     else:
         model = add_adapter(
@@ -94,8 +123,13 @@ def train(config: TrainConfig):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     order = make_order(config, pack_length, train_rows)
+    fingerprint |= order.settings()
+    same()
     longest = train_rows.max_length if config.streaming else int(train_rows.lengths.max())
     shape = order.batch_shape(config.per_device_train_batch_size, longest, config.streaming)
+    if validation_rows:
+        lengths, most_tokens = validation_rows.lengths, shape.packs * shape.length
+        validation_batches = eval_batches(lengths, config.per_device_eval_batch_size, most_tokens)
 
     # The worst step first, before any that counts: it compiles, and it finds what the card has room for.
     started = time.perf_counter()
@@ -104,6 +138,7 @@ def train(config: TrainConfig):
         compile=device.type == "cuda" if config.compile is None else config.compile,
         shape=shape,
         accumulates=config.gradient_accumulation_steps > 1,
+        evaluates=(len(validation_batches[0]), int(lengths.max())) if validation_rows else None,
     )  # fmt: skip
     plan = plan_layers(
         rehearsal, config.gradient_checkpointing, config.offload_activations, config.memory_limit_gb,
@@ -113,6 +148,7 @@ def train(config: TrainConfig):
     if config.plan_only:
         return model
 
+    check_room(output_dir, optimizer)
     progress = load_checkpoint(checkpoint, model, optimizer, scaler, names) if checkpoint else Progress()
     loader, total_steps = make_loader(
         config, tokenizer, model_config, train_rows, order, shape, progress.place
@@ -123,80 +159,128 @@ def train(config: TrainConfig):
     if first_step > total_steps or (first_step == total_steps and replaced):
         raise InputError(f"{checkpoint} is at step {first_step}, and this run has only {total_steps} steps")
 
-    for name, value in loader.settings().items():
-        if progress.order.get(name, value) != value:
-            was = progress.order[name]
-            raise InputError(f"{checkpoint} had other rows in its steps: {name} was {was}, now it is {value}")
-    progress.order = loader.settings()
-
-    evaluate = partial(
-        evaluate_loss, model, validation_rows, config.per_device_eval_batch_size, pad_id, autocast, plain_head
-    )
-    settings = kept_settings(config, train_rows.row_format)
-    save = partial(
-        save_checkpoint, output_dir, model, tokenizer, settings, optimizer, scaler, names, progress,
-        config=dataclasses.asdict(config), keep=config.save_total_limit,
-    )  # fmt: skip
+    settings = kept_settings(config, train_rows.row_format, fingerprint["base"])
     print(describe_run(config, model, loader, total_steps, checkpoint, replaced))
     tracker = None
     if config.report_to == "wandb":
         run_name = config.run_name or output_dir.name
         tracker = Wandb(output_dir, run_name, dataclasses.asdict(config), is_resumed=checkpoint is not None)
     log = RunLog(output_dir, total_steps, first_step, tracker, plan.graph_bytes)
+
+    def position() -> dict:
+        return {"step": progress.step, "epoch": round(progress.epochs, 4)}
+
+    def evaluate() -> bool:
+        """Log the validation loss; returns whether it is the best so far. Ends early if the run has to."""
+        arguments = validation_rows, validation_batches, pad_id, autocast, plain_head, stop
+        eval_loss = evaluate_loss(model, *arguments)
+        progress.owes_evaluation = eval_loss is None
+        if eval_loss is None:
+            return False
+        log.evaluation(**position(), eval_loss=eval_loss)
+        return progress.is_best(eval_loss) and config.load_best_model_at_end
+
+    def save() -> bool:
+        """Save a checkpoint; returns whether that went well. What stands in its way does not end the run."""
+        try:
+            save_checkpoint(
+                output_dir, model, tokenizer, settings, optimizer, scaler, names, progress, fingerprint,
+                config=dataclasses.asdict(config), keep=config.save_total_limit,
+            )  # fmt: skip
+            return True
+        except Exception as error:  # each of the libraries that write has its own
+            log.say(f"step {progress.step}: no checkpoint could be saved ({first_line(error)})")
+            return False
+
     gc.collect()
     gc.freeze()  # all there is now lives as long as the run: the collector need not stop a step to look at it
-
-    for step in range(first_step, total_steps):
-        started = time.perf_counter()
-        learning_rate = lr_at(step, total_steps, warmup_steps, config.learning_rate, config.lr_scheduler_type)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-
-        # All micro-batches first: the loss is a mean over every target of the step, so their number must be
-        # known before the first backward. A mean of micro-batch means would weigh short answers too heavily.
-        data = loader.take(step)
-        waited = time.perf_counter() - started
-        targets = sum(len(batch["target_ids"]) for batch in data.batches)
-        step_loss = torch.zeros((), device=device)
-        for batch in data.batches:
-            with autocast():
-                loss = (
-                    next_token_loss(model, to_device(batch, device), plain_head, rehearsal.decode) / targets
-                )
-            scaler.scale(loss).backward()  # scaled: small float16 gradients would underflow to 0
-            step_loss += loss.detach()  # stays on the device: .item() here would wait for it
-        loader.prepare(step + 1)  # in a thread, now that the device has enough to do
-
-        if step == first_step:
-            check_gradients(trainable)
-        flat.gather_gradients()
-        scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
-        grad_norm = clip_grad_norm_(flat.vector, config.max_grad_norm or math.inf)
-        step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()  # the host waits for the device
-        if step == first_step:
-            replace_later(output_dir, first_step)  # only now: nothing given can be wrong any more
+    progress.owes_evaluation = progress.owes_evaluation and validation_rows is not None
+    is_saved = True
+    rescue = Rescue(output_dir, model, optimizer, progress, save)
+    with stop, rescue:
+        if progress.owes_evaluation:
             log.begin()
-        # One bad row or an overflow must not reach the weights, nor the optimizer's averages, in any dtype.
-        is_finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
-        if is_finite:
-            scaler.step(optimizer)
-        scaler.update()  # after an overflow the weights are as they were, and the next scale is smaller
-        optimizer.zero_grad(set_to_none=True)
+            evaluate()
+        for step in range(first_step, total_steps):
+            rescue.step_begins()
+            started = time.perf_counter()
+            learning_rate = lr_at(
+                step, total_steps, warmup_steps, config.learning_rate, config.lr_scheduler_type
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
 
-        progress.place = data.place
-        progress.record(step_loss if is_finite else None, data.tokens, time.perf_counter() - started, waited)
-        position = {"step": progress.step, "epoch": round(data.epochs, 4)}
-        is_last = progress.step == total_steps
-        log.step_done()
-        if progress.step % config.logging_steps == 0 or is_last:
-            log.train(**position, learning_rate=learning_rate, grad_norm=grad_norm, **progress.close_window())
-        if validation_rows and (progress.step % config.eval_steps == 0 or is_last):
-            log.evaluation(**position, eval_loss=evaluate())
-        if progress.step % config.save_steps == 0 or is_last:
-            save()
+            # All micro-batches first: the loss is a mean over every target of the step, so their number must
+            # be known before the first backward. A mean of micro-batch means would weigh short answers too
+            # heavily.
+            data = loader.take(step)
+            waited = time.perf_counter() - started
+            targets = sum(len(batch["target_ids"]) for batch in data.batches)
+            step_loss = torch.zeros((), device=device)
+            for batch in data.batches:
+                with autocast():
+                    batch = to_device(batch, device)
+                    loss = next_token_loss(model, batch, plain_head, rehearsal.decode) / targets
+                scaler.scale(loss).backward()  # scaled: small float16 gradients would underflow to 0
+                step_loss += loss.detach()  # stays on the device: .item() here would wait for it
+            loader.prepare(step + 1)  # in a thread, now that the device has enough to do
 
+            if step == first_step:
+                check_gradients(trainable)
+            flat.gather_gradients()
+            scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
+            grad_norm = clip_grad_norm_(flat.vector, config.max_grad_norm or math.inf)
+            step_loss, grad_norm = torch.stack([step_loss, grad_norm]).tolist()  # waits for the device
+            if step == first_step:
+                replace_later(output_dir, first_step)  # only now: nothing given can be wrong any more
+                log.begin()
+            # One bad row or an overflow must not reach the weights, nor the optimizer's averages.
+            is_finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
+            if is_finite:
+                scaler.step(optimizer)
+            scaler.update()  # after an overflow the weights are as they were, the next scale smaller
+            optimizer.zero_grad(set_to_none=True)
+
+            progress.place, progress.epochs = data.place, data.epochs
+            seconds = time.perf_counter() - started
+            usual = progress.usual_loss
+            if progress.record(step_loss if is_finite else None, data.tokens, seconds, waited):
+                log.say(f"step {progress.step}: a loss of {step_loss:.4f} stands out, {usual:.4f} is usual")
+            rescue.step_ends()
+            if progress.skipped_in_a_row >= config.max_skipped_steps:
+                raise InputError(why_all_is_skipped(progress, step_loss, grad_norm, scaler))
+            is_last = progress.step == total_steps
+            log.step_done()
+            if progress.step % config.logging_steps == 0 or is_last:
+                rates = {"learning_rate": learning_rate, "grad_norm": grad_norm}
+                log.train(**position(), **rates, **progress.close_window())
+            is_best = False
+            if validation_rows and (progress.step % config.eval_steps == 0 or is_last):
+                is_best = evaluate()
+            is_stopping = bool(stop)
+            if progress.step % config.save_steps == 0 or is_last or is_best or is_stopping:
+                is_saved = save()
+            if is_stopping:
+                break
     gc.unfreeze()
-    save_final_adapter(output_dir, model, tokenizer, settings)
+    if progress.step < total_steps or progress.owes_evaluation:
+        log.close()
+        saved = (
+            f"checkpoint-{progress.step} has all of it" if is_saved else "NOT saved since its last checkpoint"
+        )
+        print(
+            f"stopped by {stop.reason} after step {progress.step}, {saved}; --resume_from_checkpoint latest"
+        )
+        sys.exit(stop.exit_code)
+    if config.load_best_model_at_end and progress.best_step not in (None, progress.step):
+        take_best(output_dir, model, progress)
+    try:
+        save_final_adapter(output_dir, model, tokenizer, settings)
+    except Exception as error:
+        raise InputError(
+            f"the adapter could not be saved in {output_dir} ({first_line(error)}): put that right, and "
+            "--resume_from_checkpoint latest saves it from the last checkpoint"
+        ) from error
     log.close()
     if plan.peak_bytes:
         peak = torch.cuda.max_memory_allocated() + plan.graph_bytes
@@ -235,6 +319,38 @@ def check_output_dir(output_dir: Path, config: TrainConfig, checkpoint: Path | N
             pass
     except OSError as error:
         raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
+
+
+def check_room(output_dir: Path, optimizer) -> None:
+    """Refuse a disk that has no room for one checkpoint."""
+    try:
+        check_space(output_dir, checkpoint_bytes(optimizer))
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {output_dir} has no room for a checkpoint: {error.strerror}"
+        ) from error
+
+
+def why_all_is_skipped(progress: Progress, loss: float, grad_norm: float, scaler) -> str:
+    """What to say when step after step is not finite."""
+    count, step = progress.skipped_in_a_row, progress.step
+    scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
+    advice = "--dtype bfloat16, " if scaler.is_enabled() else ""
+    return (
+        f"{count} steps in a row were not finite (step {step}: loss {loss}, gradient {grad_norm}{scale}); "
+        f"the last that was taken is step {step - count}, no weight has changed since. Try {advice}a lower "
+        "--learning_rate from the last checkpoint on, or look at the rows by --data_report"
+    )
+
+
+def take_best(output_dir: Path, model, progress: Progress) -> None:
+    """Put the weights of the best evaluation's checkpoint into the model."""
+    best = output_dir / f"checkpoint-{progress.best_step}"
+    if problem := damage(best):
+        print(f"{best} was the best, but {problem}: the adapter stays that of the last step")
+        return
+    load_weights(best, model)
+    print(f"the adapter is that of step {progress.best_step}, the best: eval_loss {progress.best_loss:.4f}")
 
 
 def describe_step(rehearsal: Rehearsal, plan: Plan, kernels: str, seconds: float) -> str:
@@ -283,11 +399,18 @@ def describe_run(config, model, loader, total_steps, checkpoint, replaced) -> st
     )
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
+    """The command line; exit codes: 1 for what the message says, 143, 130 or 124 if asked to stop."""
     try:
-        config = parse_args(TrainConfig)
+        config = parse_args(TrainConfig, argv)
         if config.data_report:
             sys.exit(report_data(config))
         train(config)
     except InputError as error:
         sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:  # before there is anything to save
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import InputError, first_line
+from qlora.files import make_durable, staged
 
 ADAPTER = "adapter_model.safetensors"
 SETTINGS = "generate_defaults.json"
+BASE = "base_fingerprint"  # its name among the settings
 
 # Flags that generate.py has too and that must be as they were in training, or the answers get worse.
 KEPT_FLAGS = (
@@ -108,30 +110,51 @@ def save_adapter(folder: Path, model, tokenizer, settings: dict) -> None:
 
 
 def save_final_adapter(output_dir: Path, model, tokenizer, settings: dict) -> None:
-    """Save the adapter straight into `output_dir`, each file replaced as a whole."""
-    staging = output_dir / "adapter.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
+    """Save the adapter straight into `output_dir`, each file replaced as a whole, the weights last."""
+    staging = staged(output_dir / "adapter")
     save_adapter(staging, model, tokenizer, settings)
+    make_durable(staging)
     (output_dir / "chat_template.jinja").unlink(missing_ok=True)  # an earlier run's would outlive it
     shutil.rmtree(output_dir / "additional_chat_templates", ignore_errors=True)
-    for file in sorted(staging.iterdir()):
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == ADAPTER):
         os.replace(file, output_dir / file.name)
     staging.rmdir()
 
 
-def kept_settings(config, row_format: str) -> dict:
-    """The settings of a training that generate.py takes over, with the row format that was recognised."""
-    return {name: getattr(config, name) for name in KEPT_FLAGS} | {"dataset_format": row_format}
+def kept_settings(config, row_format: str, base: str) -> dict:
+    """The settings of a training that generate.py takes over, with the row format that was recognised, and
+    the fingerprint of the base."""
+    kept = {name: getattr(config, name) for name in KEPT_FLAGS}
+    return kept | {"dataset_format": row_format, BASE: base}
 
 
 def load_settings(adapter: str) -> dict:
-    """What kept_settings gave when the adapter was saved; {} if other code trained it. Raises InputError."""
+    """The flags that kept_settings gave when the adapter was saved; {} if other code trained it. Raises
+    InputError."""
+    settings = _settings(adapter)
+    return {name: settings[name] for name in KEPT_FLAGS if settings}
+
+
+def check_base(adapter: str, base: str, flag: str) -> None:
+    """Raise InputError, naming the `flag` that allows it, if an adapter was trained on another base.
+
+    `base` is the fingerprint of the one that it is put on. Not every adapter knows its own.
+    """
+    if _settings(adapter).get(BASE, base) != base:
+        raise InputError(
+            f"--adapter {adapter} was trained on another base than --model: on this one its answers would be "
+            f"worse; give the right one, or accept this one by {flag}"
+        )
+
+
+def _settings(adapter: str) -> dict:
     path = adapter_file(adapter, SETTINGS)
     if path is None:
         return {}
     try:
         settings = json.loads(path.read_text())
-        return {name: settings[name] for name in KEPT_FLAGS}
+        _ = [settings[name] for name in KEPT_FLAGS]
+        return settings
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error!r}") from error
 

@@ -1,66 +1,27 @@
 """Checkpoints from which a run resumes exactly. No pickle: safetensors and JSON only."""
 
 import json
-import os
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qlora.adapter import ADAPTER, check_complete, save_adapter
 from qlora.errors import InputError, first_line
+from qlora.files import check_space, damage, publish_folder, remove_folder, staged
 from qlora.optim import optimizer_tensors, restore_optimizer
+from qlora.progress import Progress
 
 STATE_TENSORS = "training_state.safetensors"
 STATE = "training_state.json"
-
-
-@dataclass
-class Progress:
-    """How far a run is, and the sums that its next log line averages. Stored whole in a checkpoint."""
-
-    step: int = 0  # optimizer steps done; with the seed, this alone says which rows come next ...
-    order: dict = field(default_factory=dict)  # the settings under which that holds
-    place: dict | None = None  # ... but with --streaming, where the Place of the last step is needed too
-    tokens_seen: int = 0  # without padding
-    skipped_steps: int = 0  # steps that were not taken because their loss or gradient was not finite
-    window_steps: int = 0
-    window_loss: float = 0.0
-    window_tokens: int = 0
-    window_seconds: float = 0.0
-    window_waited: float = 0.0  # seconds of them in which a step waited for its data
-
-    def record(self, loss: float | None, tokens: int, seconds: float, waited: float) -> None:
-        """Count one finished step; `loss` is None if it was skipped."""
-        self.window_waited += waited
-        self.step += 1
-        self.tokens_seen += tokens
-        self.window_tokens += tokens
-        self.window_seconds += seconds
-        if loss is None:
-            self.skipped_steps += 1
-        else:
-            self.window_steps += 1
-            self.window_loss += loss
-
-    def close_window(self) -> dict[str, float]:
-        """The mean loss and speed since the last call, and the totals so far."""
-        values = {
-            "loss": self.window_loss / self.window_steps if self.window_steps else float("nan"),
-            "tokens_per_s": self.window_tokens / self.window_seconds,
-            "data_wait": self.window_waited / self.window_seconds,
-            "tokens_seen": self.tokens_seen,
-            "skipped_steps": self.skipped_steps,
-        }
-        self.window_steps, self.window_loss, self.window_tokens = 0, 0.0, 0
-        self.window_seconds = self.window_waited = 0.0
-        return values
+TOKENIZER_BYTES = 2**25  # more than any tokenizer has
 
 
 def save_checkpoint(
@@ -72,35 +33,52 @@ def save_checkpoint(
     scaler,
     names: list[str],
     progress: Progress,
+    fingerprint: dict,
     config: dict,
     keep: int,
 ) -> Path:
-    """Write checkpoint-N for the step in `progress`, then remove all but the newest `keep` (0: keep all).
+    """Write checkpoint-N for the step in `progress`; remove all but the newest `keep` (0: none) and the best.
 
-    The folder gets its name only when it is complete, so a listed checkpoint is a whole one. `names` are the
+    The folder gets its name when all of it is on the disk, and nothing is removed before the new one was read
+    again: whenever this fails or is killed, the checkpoints that were there are there. `names` are the
     trained parameters' names, in the order in which the optimizer's vector holds them; `config` is stored for
-    the reader.
+    the reader. Raises OSError, or whatever the libraries that write throw.
     """
     folder = output_dir / f"checkpoint-{progress.step}"
-    staging = output_dir / f"checkpoint-{progress.step}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    save_adapter(staging, model, tokenizer, settings)
-    tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(optimizer).items()}
-    save_file({**tensors, **_rng_tensors()}, staging / STATE_TENSORS)
-    version, numbers, gauss = random.getstate()
-    state = {
-        "progress": asdict(progress),
-        "parameters": names,
-        "scaler": scaler.state_dict(),
-        "python_rng": [version, list(numbers), gauss],
-        "config": config,
-    }
-    (staging / STATE).write_text(json.dumps(state, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(staging, folder)
+    staging = staged(folder)
+    check_space(output_dir, checkpoint_bytes(optimizer))
+    try:
+        save_adapter(staging, model, tokenizer, settings)
+        tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(optimizer).items()}
+        save_file({**tensors, **random_states()}, staging / STATE_TENSORS)
+        version, numbers, gauss = random.getstate()
+        state = {
+            "progress": asdict(progress),
+            "parameters": names,
+            "scaler": scaler.state_dict(),
+            "python_rng": [version, list(numbers), gauss],
+            "fingerprint": fingerprint,
+            "config": config,
+        }
+        (staging / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        publish_folder(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # its room may be what is missing
+        raise
+    if problem := damage(folder):
+        raise OSError(f"{folder} was written, but {problem}")
+    best = output_dir / f"checkpoint-{progress.best_step}"
     for old in list_checkpoints(output_dir)[:-keep] if keep else []:
-        shutil.rmtree(old)
+        if old != best:
+            remove_folder(old)
     return folder
+
+
+def checkpoint_bytes(optimizer) -> int:
+    """About what a checkpoint takes on the disk: the adapter, the optimizer's state, the tokenizer."""
+    (vector,) = optimizer.param_groups[0]["params"]
+    states = [value for value in optimizer.state[vector].values() if isinstance(value, torch.Tensor)]
+    return vector.nbytes + sum(state.nbytes for state in states) + TOKENIZER_BYTES
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -123,73 +101,95 @@ def _step_of(checkpoint: Path) -> int:
 
 def replace_later(output_dir: Path, step: int) -> None:
     """Delete what an earlier run saved after `step`: its later checkpoints, and the adapter at its end."""
-    for path in later_checkpoints(output_dir, step):
-        shutil.rmtree(path)
     (output_dir / ADAPTER).unlink(missing_ok=True)
+    for path in later_checkpoints(output_dir, step):
+        remove_folder(path)
 
 
 def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
-    """The checkpoint to resume from; None for a fresh start. Raises InputError if a given path is none."""
+    """The checkpoint to resume from; None for a fresh start.
+
+    "latest" is the newest that is as it was written; those that are not are named and passed over. Raises
+    InputError if there are some and all are damaged, or if a given path is no undamaged checkpoint.
+    """
     if resume_from is None:
         return None
-    if resume_from == "latest":
-        newest = next(reversed(list_checkpoints(output_dir)), None)
-        if newest is None and (output_dir / ADAPTER).exists():
-            raise InputError(
-                f"--output_dir {output_dir} holds a finished adapter but no checkpoint to resume from: train "
-                "it further by --adapter into another folder, or delete it by --overwrite_output_dir"
-            )
-        return newest
-    if not (Path(resume_from) / STATE).is_file():
+    if resume_from != "latest":
+        if problem := damage(Path(resume_from)):
+            raise InputError(f"--resume_from_checkpoint {resume_from} is no whole checkpoint: {problem}")
+        return Path(resume_from)
+    checkpoints = list_checkpoints(output_dir)
+    for checkpoint in reversed(checkpoints):
+        if not (problem := damage(checkpoint)):
+            return checkpoint
+        print(f"{checkpoint} is passed over: {problem}.")
+    if checkpoints:
         raise InputError(
-            f"--resume_from_checkpoint: {resume_from} is no checkpoint folder (it has no {STATE})"
+            f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole; their adapters may "
+            "still serve as --adapter, or start again by --overwrite_output_dir"
         )
-    return Path(resume_from)
+    if (output_dir / ADAPTER).exists():
+        raise InputError(
+            f"--output_dir {output_dir} holds a finished adapter but no checkpoint to resume from: train it "
+            "further by --adapter into another folder, or delete it by --overwrite_output_dir"
+        )
+    return None
+
+
+def load_state(checkpoint: Path) -> dict:
+    """What save_checkpoint wrote as JSON, among it the run's fingerprint. Raises InputError."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text())
+        return {
+            name: state[name] for name in ("progress", "parameters", "scaler", "python_rng", "fingerprint")
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint / STATE} cannot be read: {error!r}") from error
 
 
 def load_checkpoint(folder: Path, model, optimizer, scaler, names: list[str]) -> Progress:
     """Restore everything save_checkpoint wrote; raises InputError if it does not fit this run."""
+    state = load_state(folder)
+    load_weights(folder, model)
+    try:
+        tensors = load_file(folder / STATE_TENSORS)
+        if state["parameters"] != names:
+            raise InputError(f"{folder} lists its weights in another order: it is of other library versions")
+        optimizer_state = {
+            key.removeprefix("optimizer/"): value
+            for key, value in tensors.items()
+            if key.startswith("optimizer/")
+        }
+        restore_optimizer(optimizer, optimizer_state)
+        if bool(state["scaler"]) != scaler.is_enabled():
+            raise InputError(f"{folder} was written with another --dtype: only float16 scales its loss")
+        scaler.load_state_dict(state["scaler"])
+        version, numbers, gauss = state["python_rng"]
+        random.setstate((version, tuple(numbers), gauss))
+        restore_random_states(tensors)
+        return Progress(**state["progress"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder} does not fit this version of the code: {first_line(error)}") from error
+
+
+def load_weights(folder: Path, model) -> None:
+    """Put a checkpoint's LoRA weights into the model; raises InputError if they are not its own."""
     try:
         adapter = load_file(folder / ADAPTER)
-        tensors = load_file(folder / STATE_TENSORS)
-        state = json.loads((folder / STATE).read_text())
-    except Exception as error:  # safetensors has its own exception type, json and the file system have theirs
-        raise InputError(f"the checkpoint {folder} cannot be read: {error}") from error
-    if "config" in state and "parameters" not in state:
-        raise InputError(
-            f"{folder} was written by an earlier version of this code: go on with that, or train its adapter "
-            "further by --adapter into another folder"
-        )
-    try:
         check_complete(
             set_peft_model_state_dict(model, adapter),
             f"the adapter in {folder} does not fit this run's --lora_target_modules",
         )
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the adapter in {folder} cannot be read: {first_line(error)}") from error
     except RuntimeError as error:  # shapes: its message has a line for each tensor
         raise InputError(
             f"the adapter in {folder} has other shapes than this run: {str(error).splitlines()[-1].strip()}"
         ) from error
-    try:
-        if state["parameters"] != names:
-            raise InputError(f"{folder} lists its weights in another order: it is of other library versions")
-        restore_optimizer(
-            optimizer,
-            {
-                key.removeprefix("optimizer/"): value
-                for key, value in tensors.items()
-                if key.startswith("optimizer/")
-            },
-        )
-        if bool(state["scaler"]) != scaler.is_enabled():
-            raise InputError(f"{folder} was written with another --dtype: only float16 scales its loss")
-        scaler.load_state_dict(state["scaler"])
-        _restore_rng(tensors, state["python_rng"])
-        return Progress(**state["progress"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder / STATE} or {STATE_TENSORS} is damaged: {first_line(error)}") from error
 
 
-def _rng_tensors() -> dict[str, torch.Tensor]:
+def random_states() -> dict[str, torch.Tensor]:
+    """NumPy's and PyTorch's random states."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     tensors = {
         "rng/torch": torch.get_rng_state(),
@@ -201,7 +201,8 @@ def _rng_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _restore_rng(tensors: dict[str, torch.Tensor], python_state: list) -> None:
+def restore_random_states(tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what random_states gave."""
     torch.set_rng_state(tensors["rng/torch"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
@@ -209,5 +210,3 @@ def _restore_rng(tensors: dict[str, torch.Tensor], python_state: list) -> None:
     np.random.set_state(
         ("MT19937", tensors["rng/numpy_keys"].numpy().astype(np.uint32), int(position), int(has_gauss), gauss)
     )
-    version, numbers, python_gauss = python_state
-    random.setstate((version, tuple(numbers), python_gauss))

@@ -26,6 +26,27 @@ def optional_flag(help: str):
     return dataclasses.field(default=None, metadata={"help": help, "nargs": "?", "const": True})
 
 
+# Flags that may change when a run is resumed: they leave the weights as they are, up to rounding. Of model
+# and data it is the content that must be as it was, wherever it lies (qlora/fingerprint.py).
+FREE_FLAGS = """
+    model adapter trust_remote_code dataset dataset_config split dataset_format dataset_text_field
+    validation_split validation_dataset data_report output_dir overwrite_output_dir
+    per_device_train_batch_size gradient_accumulation_steps
+    gradient_checkpointing offload_activations memory_limit_gb plan_only compile cuda_graphs fused_4bit
+    per_device_eval_batch_size eval_steps logging_steps report_to run_name
+    save_steps save_total_limit load_best_model_at_end metric_for_best_model
+    max_skipped_steps max_hours resume_from_checkpoint allow_changes
+""".split()
+CONTENT = (
+    "base",
+    "tokenizer",
+    "data",
+    "packs_per_step",
+    "pack_length",
+    "most_rows",
+)  # what is compared besides
+
+
 @dataclass
 class TrainConfig:
     # Model
@@ -192,6 +213,9 @@ class TrainConfig:
         "Clip the gradient to this norm; 0 turns clipping off. 0.3 as in QLoRA (arXiv 2305.14314, appendix "
         "B).",
     )
+    max_skipped_steps: int = flag(
+        10, "End the run after so many steps in a row whose loss or gradient was not finite."
+    )
     seed: int = flag(42, "Seed of LoRA's start, the row order, the held-out rows and dropout.")
 
     # Speed and memory
@@ -233,19 +257,39 @@ class TrainConfig:
     )
     run_name: str | None = flag(None, "Name of the run in the tracker. Default: the output folder's name.")
     save_steps: int = flag(100, "Save a checkpoint every N steps; one holds all that an exact resume needs.")
-    save_total_limit: int = flag(2, "Keep the newest N checkpoints; 0 keeps all.")
+    save_total_limit: int = flag(2, "Keep the newest N checkpoints, and the best; 0 keeps all.")
+    load_best_model_at_end: bool = flag(
+        False,
+        "Save a checkpoint whenever an evaluation is the best so far, and end with the adapter of the best "
+        "one.",
+    )
+    metric_for_best_model: Literal["eval_loss"] = flag("eval_loss", "What is best: the lowest of this.")
+    max_hours: float | None = flag(
+        None,
+        "After so many hours, save a checkpoint at the next step boundary and end with exit code 124. Give "
+        "less than your scheduler does.",
+    )
     resume_from_checkpoint: str | None = flag(
         None,
         "'latest' in --output_dir (a fresh start if there is none), or the path of a checkpoint-N folder; "
         "checkpoints after that one are replaced.",
     )
+    allow_changes: list[str] = flag(
+        [],
+        "Names of flags, or base, tokenizer, data, that a resumed run may have other than it began with "
+        "(base also for --adapter).",
+    )
 
     def __post_init__(self):
         _require_text(self)
+        guarded = [*self.guarded_flags(), *CONTENT]
+        for name in self.allow_changes:
+            if name not in guarded:
+                raise ValueError(f"--allow_changes {name}: the names are {', '.join(guarded)}")
         _require(
             self,
             "lora_r per_device_train_batch_size gradient_accumulation_steps "
-            "per_device_eval_batch_size eval_steps logging_steps save_steps",
+            "per_device_eval_batch_size eval_steps logging_steps save_steps max_skipped_steps",
             lambda value: value >= 1,
             "at least 1",
         )
@@ -272,6 +316,8 @@ class TrainConfig:
             )
         if self.memory_limit_gb is not None:
             _require(self, "memory_limit_gb", lambda value: value > 0, "above 0")
+        if self.max_hours is not None:
+            _require(self, "max_hours", lambda value: value > 0, "above 0")
         _require_split("split", self.split)
         if self.validation_split and self.held_out is None:
             _require_split("validation_split", self.validation_split)
@@ -315,6 +361,11 @@ class TrainConfig:
         if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
             raise ValueError("--lora_target_modules takes 'all-linear' or names of layers, not both")
 
+    def guarded_flags(self) -> dict:
+        """The flags that a resumed run must have as it began, with their values."""
+        fields = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in fields if name not in FREE_FLAGS}
+
     @property
     def held_out(self) -> float | None:
         """--validation_split as an amount (below 1 a share, else rows), or None if it names a split."""
@@ -341,7 +392,7 @@ class TrainConfig:
         if not (self.validation_split or self.validation_dataset):
             _refuse(
                 given,
-                "eval_steps per_device_eval_batch_size",
+                "eval_steps per_device_eval_batch_size load_best_model_at_end metric_for_best_model",
                 "needs --validation_split or --validation_dataset",
             )
         if self.cuda_graphs and not self.packing:
@@ -350,6 +401,8 @@ class TrainConfig:
             raise ValueError("--group_by_length needs --no_packing: packed rows need no padding")
         if self.report_to == "none":
             _refuse(given, "run_name", "needs --report_to wandb")
+        if self.allow_changes and not (self.resume_from_checkpoint or self.adapter):
+            raise ValueError("--allow_changes needs --resume_from_checkpoint or --adapter")
 
 
 @dataclass
@@ -368,6 +421,9 @@ class GenerateConfig:
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.")
     bnb_4bit_use_double_quant: bool = flag(True, "Quantize the block constants too.")
     trust_remote_code: bool = flag(False, "Let the model repository run its own Python code. Off for safety.")
+    allow_other_base: bool = flag(
+        False, "Answer although the adapter was trained on another base than --model, as far as one can tell."
+    )
 
     # Prompts
     prompt: str | None = flag(

@@ -179,17 +179,9 @@ class StepOrder:
         return BatchShape(packs, self.pack_length, True, packs * (self.most_rows + 1) + 1)
 
     def settings(self) -> dict:
-        """What decides which rows a step takes, besides the rows themselves."""
-        return {
-            "rows": len(self.lengths),
-            "tokens": int(self.lengths.sum()),
-            "sequences a step": self.packs_per_step,
-            "tokens a pack": self.pack_length,
-            "rows a pack": self.most_rows,
-            "seed": self.seed[0],
-            "group_by_length": self.group_by_length,
-            "weights": self.weights,
-        }
+        """What decides which rows a step takes, besides the rows themselves and the flags of that name."""
+        names = "packs_per_step", "pack_length", "most_rows"
+        return {name: getattr(self, name) for name in names}
 
     def epoch_of(self, step: int) -> int:
         while self._starts[-1] <= step:

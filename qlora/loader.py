@@ -34,10 +34,6 @@ class StepLoader:
         self.last_step = last_step
         self.next = (None, None)  # the number of the step that is being made, and the Step to come
 
-    def settings(self) -> dict:
-        """What a resume must find as it was: with it, the step says which rows come."""
-        return {"streaming": False, **self.order.settings()}
-
     def prepare(self, step: int) -> None:
         """Begin to make a step; the one before must have been taken, as make() runs once at a time."""
         if step < self.last_step:
@@ -95,9 +91,6 @@ class StreamLoader(StepLoader):
         self.windows = self._windows(place.turn, place.row)
         self.coming = in_background(next, self.windows)
         self._open_next(place.first_step)
-
-    def settings(self) -> dict:
-        return {"streaming": True, **self.order.settings(), "rows": None, "tokens": None}
 
     def make(self, step: int) -> Step:
         """The batches of a step; the steps must come in order."""

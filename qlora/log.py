@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from qlora.errors import first_line
+from qlora.files import replace_file
 
 
 class RunLog:
@@ -27,11 +28,16 @@ class RunLog:
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self.tracker = tracker
         self.graph_bytes = graph_bytes  # held by CUDA graphs, which PyTorch does not count
+        self.has_lost = False  # a line that could not be written
 
     def begin(self) -> None:
         """Open metrics.jsonl, without the lines of steps that are taken again."""
-        _keep_until(self.path, self.first_step)
-        self.file = open(self.path, "a", buffering=1)  # a line at a time: a kill loses none
+        if self.file is None:
+            try:
+                _keep_until(self.path, self.first_step)
+                self.file = open(self.path, "a", buffering=1)  # a line at a time: a kill loses none
+            except OSError as error:
+                self._lost(error)
 
     def step_done(self) -> None:
         self.bar.update()
@@ -50,9 +56,7 @@ class RunLog:
     def evaluation(self, eval_loss: float, **position: float) -> None:
         """Log a validation line with the perplexity, and print it above the bar."""
         perplexity = math.exp(eval_loss) if eval_loss < 700 else math.inf
-        self.bar.write(
-            f"step {position['step']}: validation loss {eval_loss:.4f}, perplexity {perplexity:.3f}"
-        )
+        self.say(f"step {position['step']}: validation loss {eval_loss:.4f}, perplexity {perplexity:.3f}")
         self._write(position | {"eval_loss": eval_loss, "eval_perplexity": perplexity})
 
     def _write(self, values: dict[str, float]) -> None:
@@ -61,14 +65,29 @@ class RunLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except (OSError, AttributeError) as error:  # full, or never opened: the next line is tried again
+            self._lost(error)
         if self.tracker is not None:
             self.tracker.log(values)
+
+    def _lost(self, error: Exception) -> None:
+        if not self.has_lost:
+            self.say(f"{self.path} cannot be written ({first_line(error)}): training goes on, lines are lost")
+        self.has_lost = True
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.bar.write(text)
 
     def close(self) -> None:
         self.bar.close()
         if self.file is not None:
-            self.file.close()
+            try:
+                self.file.close()
+            except OSError as error:  # a line was still waiting for room
+                self._lost(error)
         if self.tracker is not None:
             self.tracker.finish()
 
@@ -141,9 +160,7 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # a line cut short by a kill
             continue
-    staging = path.with_suffix(".tmp")
-    staging.write_text("".join(kept))
-    os.replace(staging, path)
+    replace_file(path, "".join(kept))
 
 
 def start_screen(**facts: str) -> str:

@@ -51,6 +51,7 @@ class Rehearsal:
     compile: bool
     shape: BatchShape
     accumulates: bool  # whether a step has several micro-batches
+    evaluates: tuple[int, int] | None = None  # rows and tokens of a row of the largest batch, if any
     decode: Callable = decode  # or a GraphedDecoder
     any_shape: bool = False  # compile once for batches of every shape, as is done for padded ones
 
@@ -60,7 +61,8 @@ class Rehearsal:
         set_up_layers(self.layers, checkpointed, offload, self.compile, is_dynamic, is_random)
 
     def peak(self, checkpointed: int, offload: bool) -> int | None:
-        """Bytes allocated at the peak of a step: forward, backward, optimizer. None if there are not enough.
+        """Bytes allocated at the peak of a step: forward, backward, optimizer; and of an evaluation's batch.
+        None if there are not enough.
 
         The optimizer's step is taken at learning rate 0 over gradients of 0: it changes no weight.
         """
@@ -75,7 +77,7 @@ class Rehearsal:
                 self._step()
             peak = torch.cuda.max_memory_allocated() if on_cuda else 0
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -110,9 +112,21 @@ class Rehearsal:
         self.flat.gather_gradients()
         self.flat.vector.grad.zero_()
         self.optimizer.step()
+        if self.evaluates:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._evaluate(*self.evaluates)
+
+    @torch.no_grad()
+    def _evaluate(self, rows: int, length: int) -> None:
+        ids = torch.arange(length) % self.model.config.get_text_config().vocab_size
+        batch = to_device(collate([[(ids, ids)]] * rows, 0), self.model.device)
+        self.model.eval()
+        with self.autocast():
+            next_token_loss(self.model, batch, self.plain_head)
+        self.model.train()
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error is one of memory: PyTorch's own, cuBLAS', Triton's, or wrapped by the compiler."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or re.search("out of memory|ALLOC_FAILED", str(error)):

@@ -53,7 +53,7 @@ def load_base(
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    base = _from_hub(AutoModelForCausalLM, model, **options)
+    base = _from_hub(AutoModelForCausalLM, model, use_safetensors=True, **options)  # pickles can run code
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = dtype  # a 4-bit checkpoint stores its own

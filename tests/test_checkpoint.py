@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.adapter import ADAPTER
-from qlora.checkpoint import STATE, Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from qlora.checkpoint import STATE, find_checkpoint, load_checkpoint, save_checkpoint
 from qlora.errors import InputError
 from qlora.model import load_tokenizer, trainable_weights
 from qlora.optim import FlatParameters, build_optimizer
+from qlora.progress import Progress
 
 
 @pytest.fixture
@@ -26,7 +27,9 @@ def trained(run):
 
 def save(trained, step: int, keep: int = 0):
     model, tokenizer, optimizer, scaler, names, folder = trained
-    return save_checkpoint(folder, model, tokenizer, {}, optimizer, scaler, names, Progress(step), {}, keep)
+    return save_checkpoint(
+        folder, model, tokenizer, {}, optimizer, scaler, names, Progress(step), {}, {}, keep
+    )
 
 
 def load(trained, checkpoint):
@@ -64,33 +67,18 @@ def test_weights_in_another_order_are_refused(trained):
         load(trained, checkpoint)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_called_that(trained):
-    checkpoint = save(trained, 3)
-    state = json.loads((checkpoint / STATE).read_text())
-    del state["parameters"]
-    (checkpoint / STATE).write_text(json.dumps(state))
-    with pytest.raises(InputError, match="an earlier version of this code"):
-        load(trained, checkpoint)
-
-
 def test_a_checkpoint_holds_no_pickle(trained):
     checkpoint = save(trained, 3)
     assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}
 
 
-@pytest.mark.parametrize("name", [ADAPTER, "training_state.safetensors", "training_state.json"])
-def test_a_damaged_checkpoint_is_one_line(trained, name):
-    checkpoint = save(trained, 3)
-    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:40])
-    with pytest.raises(InputError, match=r"checkpoint-3 cannot be read"):
-        load(trained, checkpoint)
-
-
-@pytest.mark.parametrize("change", ["{}", '{"scaler": {}, "python_rng": [3, [1, 2], null], "progress": {}}'])
+@pytest.mark.parametrize(
+    "change", ["{}", '{"scaler": {}, "python_rng": [3, [1, 2], null], "progress": {}}', "[]", "nonsense"]
+)
 def test_a_state_of_another_kind_is_one_line(trained, change):
     checkpoint = save(trained, 3)
     (checkpoint / STATE).write_text(change)
-    with pytest.raises(InputError, match=r"is damaged|another --dtype"):
+    with pytest.raises(InputError, match="training_state.json cannot be read"):
         load(trained, checkpoint)
 
 

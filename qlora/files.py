@@ -1,0 +1,137 @@
+"""Files and folders that appear whole or not at all, and are what they were when they were written."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from qlora.errors import InputError
+
+MANIFEST = "manifest.json"
+STAGED = ".tmp"  # ends the name of whatever is not complete, or no longer wanted
+_UMASK = os.umask(0)  # can only be read by setting it
+os.umask(_UMASK)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Be the one run that writes to `folder`. The system lets go of the lock however the process ends.
+
+    POSIX locks, because children do not inherit them: a worker that outlives a killed run holds nothing.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(
+                f"--output_dir {folder} is being written by another run: wait for it, or give another folder"
+            ) from error
+        except OSError as error:
+            print(f"--output_dir {folder} cannot be locked ({error.strerror}): take care to run only once.")
+        yield
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run had begun to write or to delete."""
+    for path in folder.glob(f"*{STAGED}"):
+        if re.fullmatch(rf"(checkpoint-\d+(\.old)?|adapter|metrics\.jsonl){STAGED}", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise OSError if less than `needed` bytes are free where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"{needed / 2**20:,.0f} MB needed and {free / 2**20:,.0f} MB free", str(folder)
+        )
+
+
+def staged(path: Path) -> Path:
+    """Where to write what will be `path`; empty."""
+    staging = path.with_name(path.name + STAGED)
+    shutil.rmtree(staging, ignore_errors=True)
+    return staging
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file that has its old content until it has all of the new one, also after a power cut."""
+    staging = path.with_name(path.name + STAGED)
+    staging.write_text(text, encoding="utf-8")
+    _sync(staging)
+    os.replace(staging, path)
+    _sync(path.parent)
+
+
+def publish_folder(staging: Path, folder: Path) -> None:
+    """Give a staged folder its name, with a manifest of its files, once all of it is on the disk."""
+    files = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
+    (staging / MANIFEST).write_text(_manifest(staging, files), encoding="utf-8")
+    make_durable(staging)
+    remove_folder(folder)
+    os.rename(staging, folder)
+    _sync(folder.parent)
+
+
+def make_durable(folder: Path) -> None:
+    """Have all files of a folder on the disk, readable as the umask says: some writers allow nobody else."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            path.chmod(0o666 & ~_UMASK)
+        _sync(path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, which stops being there under its name at once."""
+    if folder.exists():
+        removed = staged(folder.with_name(folder.name + ".old"))
+        os.rename(folder, removed)
+        shutil.rmtree(removed)
+
+
+def damage(folder: Path) -> str | None:
+    """What of a published folder is not as it was written; None if all is."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        files = json.loads(text)
+    except OSError:
+        return f"it has no {MANIFEST}"
+    except ValueError:
+        return f"{MANIFEST} is damaged"
+    for name, written in files.items() if isinstance(files, dict) else ():
+        try:
+            if _digest(folder / name) != written:
+                return f"{name} does not have its checksum"
+        except OSError:
+            return f"{name} is missing"
+    # Written anew it is the same to the last byte: no part of it can have changed unseen.
+    return None if files and text == json.dumps(files, indent=2) + "\n" else f"{MANIFEST} is damaged"
+
+
+def _manifest(folder: Path, files: list[str]) -> str:
+    return json.dumps({name: _digest(folder / name) for name in files}, indent=2) + "\n"
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

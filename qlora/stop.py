@@ -1,0 +1,101 @@
+"""How a run ends before its end, with a checkpoint: SIGTERM, SIGINT, a limit of time, no memory left."""
+
+import gc
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qlora.checkpoint import random_states, restore_random_states
+from qlora.errors import InputError, first_line
+from qlora.memory import is_out_of_memory
+from qlora.progress import Progress
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+OUT_OF_TIME = 124  # the exit code, as timeout(1) has it
+
+
+class Stop:
+    """Whether a run should stop, which it asks where it can; true once a signal has come or time is up.
+
+    As a context it catches the signals; a second one leaves at once. `until` is a time.monotonic() or None.
+    """
+
+    def __init__(self, until: float | None):
+        self.until = until
+        self.signal = None
+        self.before = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self.before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        # Not print(): the handler may have interrupted one.
+        text = f"\n{signal.Signals(number).name}: this step ends, a checkpoint follows; again: out at once\n"
+        os.write(2, text.encode())
+
+    def __bool__(self) -> bool:
+        return self.signal is not None or (self.until is not None and time.monotonic() >= self.until)
+
+    @property
+    def reason(self) -> str:
+        return "--max_hours" if self.signal is None else signal.Signals(self.signal).name
+
+    @property
+    def exit_code(self) -> int:
+        return OUT_OF_TIME if self.signal is None else 128 + self.signal
+
+
+class Rescue:
+    """As a context: an out-of-memory error in it ends in a checkpoint of the last whole step, and one line.
+
+    The rehearsal has shown that a step fits, so something else has taken the memory since.
+    """
+
+    def __init__(self, output_dir: Path, model, optimizer, progress: Progress, save: Callable[[], bool]):
+        self.output_dir, self.model, self.optimizer = output_dir, model, optimizer
+        self.progress, self.save = progress, save
+        self.first_step = progress.step
+        self.drawn = None  # the random states before the step that is being taken
+
+    def step_begins(self) -> None:
+        self.drawn = random_states()
+
+    def step_ends(self) -> None:
+        self.drawn = None
+
+    def __enter__(self) -> "Rescue":
+        return self
+
+    def __exit__(self, kind, error, frames) -> None:
+        if not isinstance(error, RuntimeError) or not is_out_of_memory(error):
+            return
+        reason = first_line(error)
+        traceback.clear_frames(frames)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if self.drawn is not None:
+            restore_random_states(self.drawn)
+        step, goes_on = self.progress.step, "it starts"
+        if step > self.first_step and ((self.output_dir / f"checkpoint-{step}").exists() or self.save()):
+            goes_on = f"checkpoint-{step} has all until then; --resume_from_checkpoint latest goes on"
+        raise InputError(
+            f"out of memory after step {step} ({reason}): has another process taken some? {goes_on} with a "
+            "plan for what is then free; a smaller --per_device_train_batch_size or --max_length needs less"
+        ) from error
