@@ -7,7 +7,7 @@ MODEL ?= meta-llama/Llama-2-7b-hf
 MODEL_4BIT ?= unsloth/llama-2-7b-bnb-4bit
 DATA ?= sahil2801/CodeAlpaca-20k
 
-.PHONY: demo test lint test-gpu bench plan clean
+.PHONY: demo test lint test-gpu torture bench plan clean
 
 demo: .venv/installed  ## train a small random Llama on demo/rows.jsonl, then ask it: no GPU, no network
 	$(BIN)/python demo/make_base.py demo/rows.jsonl outputs/demo-base
@@ -27,6 +27,9 @@ lint: .venv/installed-dev
 
 test-gpu: .venv/installed-dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests
+
+torture: .venv/installed  ## kill 100 trainings and stop 20, and compare the end with one that was left alone
+	$(BIN)/python tests/torture.py
 
 bench: .venv/installed  ## speed and memory beside installed peers
 	$(BIN)/python benchmarks/run.py --model $(MODEL_4BIT) --real $(DATA)
