@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,15 @@ import torch
 import transformers
 from torch.nn.utils import clip_grad_norm_
 
-from qlora.adapter import ADAPTER, add_adapter, check_base, kept_settings, load_adapter, save_final_adapter
+from qlora.adapter import (
+    ADAPTER,
+    add_adapter,
+    check_base,
+    kept_settings,
+    load_adapter,
+    lora_settings,
+    save_final_adapter,
+)
 from qlora.attention import choose_attention
 from qlora.checkpoint import (
     checkpoint_bytes,
@@ -61,10 +70,11 @@ def train(config: TrainConfig):
     if config.plan_only:
         return run(config, device, stop, None)
     output_dir = Path(config.output_dir)
-    checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
-    check_output_dir(output_dir, config, checkpoint)
+    make_output_dir(output_dir)
     with lock_folder(output_dir):
         remove_leftovers(output_dir)
+        checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+        refuse_to_overwrite(output_dir, config, checkpoint)
         return run(config, device, stop, checkpoint)
 
 
@@ -111,6 +121,8 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
             base, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules,
             config.use_rslora, config.use_dora,
         )  # fmt: skip
+    fingerprint |= lora_settings(model)
+    same()
     model.train()
     trainable = trainable_weights(model)
     names = [name for name, _ in trainable]
@@ -148,7 +160,6 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     if config.plan_only:
         return model
 
-    check_room(output_dir, optimizer)
     progress = load_checkpoint(checkpoint, model, optimizer, scaler, names) if checkpoint else Progress()
     loader, total_steps = make_loader(
         config, tokenizer, model_config, train_rows, order, shape, progress.place
@@ -158,6 +169,13 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     replaced = later_checkpoints(output_dir, first_step)
     if first_step > total_steps or (first_step == total_steps and replaced):
         raise InputError(f"{checkpoint} is at step {first_step}, and this run has only {total_steps} steps")
+    if first_step < total_steps:
+        check_room(output_dir, optimizer)
+    progress.owes_evaluation = progress.owes_evaluation and validation_rows is not None
+    validation = rows_fingerprint(validation_rows) if validation_rows else None
+    if progress.validation != validation or not (output_dir / f"checkpoint-{progress.best_step}").exists():
+        progress.best_loss = progress.best_step = None  # of other rows, or of a run in another folder
+    progress.validation, kept_best = validation, (progress.best_loss, progress.best_step)
 
     settings = kept_settings(config, train_rows.row_format, fingerprint["base"])
     print(describe_run(config, model, loader, total_steps, checkpoint, replaced))
@@ -171,37 +189,44 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
         return {"step": progress.step, "epoch": round(progress.epochs, 4)}
 
     def evaluate() -> bool:
-        """Log the validation loss; returns whether it is the best so far. Ends early if the run has to."""
+        """Log the validation loss; returns whether it is to be kept as the best so far. Ends early if the run
+        has to."""
+        progress.owes_evaluation = True
         arguments = validation_rows, validation_batches, pad_id, autocast, plain_head, stop
         eval_loss = evaluate_loss(model, *arguments)
-        progress.owes_evaluation = eval_loss is None
         if eval_loss is None:
             return False
+        progress.owes_evaluation = False
         log.evaluation(**position(), eval_loss=eval_loss)
-        return progress.is_best(eval_loss) and config.load_best_model_at_end
+        return config.load_best_model_at_end and progress.is_best(eval_loss)
 
     def save() -> bool:
         """Save a checkpoint; returns whether that went well. What stands in its way does not end the run."""
+        nonlocal kept_best
         try:
             save_checkpoint(
                 output_dir, model, tokenizer, settings, optimizer, scaler, names, progress, fingerprint,
                 config=dataclasses.asdict(config), keep=config.save_total_limit,
             )  # fmt: skip
+            kept_best = progress.best_loss, progress.best_step
             return True
         except Exception as error:  # each of the libraries that write has its own
+            progress.best_loss, progress.best_step = kept_best  # the one that is on the disk
             log.say(f"step {progress.step}: no checkpoint could be saved ({first_line(error)})")
             return False
 
     gc.collect()
     gc.freeze()  # all there is now lives as long as the run: the collector need not stop a step to look at it
-    progress.owes_evaluation = progress.owes_evaluation and validation_rows is not None
-    is_saved = True
+    is_saved, steps = True, range(first_step, total_steps)
     rescue = Rescue(output_dir, model, optimizer, progress, save)
-    with stop, rescue:
+    with closing(log), stop, rescue:
         if progress.owes_evaluation:
-            log.begin()
-            evaluate()
-        for step in range(first_step, total_steps):
+            log.begin(evaluates_again=True)
+            if evaluate() and damage(output_dir / f"checkpoint-{first_step}"):
+                save()
+            if progress.owes_evaluation:  # left early again: nothing else comes before it
+                steps = range(0)
+        for step in steps:
             rescue.step_begins()
             started = time.perf_counter()
             learning_rate = lr_at(
@@ -264,11 +289,10 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
                 break
     gc.unfreeze()
     if progress.step < total_steps or progress.owes_evaluation:
-        log.close()
         saved = (
             f"checkpoint-{progress.step} has all of it" if is_saved else "NOT saved since its last checkpoint"
         )
-        print(
+        log.say(
             f"stopped by {stop.reason} after step {progress.step}, {saved}; --resume_from_checkpoint latest"
         )
         sys.exit(stop.exit_code)
@@ -281,13 +305,12 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
             f"the adapter could not be saved in {output_dir} ({first_line(error)}): put that right, and "
             "--resume_from_checkpoint latest saves it from the last checkpoint"
         ) from error
-    log.close()
     if plan.peak_bytes:
         peak = torch.cuda.max_memory_allocated() + plan.graph_bytes
-        print(f"peak memory {peak / GB:.2f} GB, rehearsed {plan.peak_bytes / GB:.2f} GB")
+        log.say(f"peak memory {peak / GB:.2f} GB, rehearsed {plan.peak_bytes / GB:.2f} GB")
     ask = ["generate.py", "--model", config.model, "--adapter", config.output_dir]
     ask += ["--trust_remote_code"] * config.trust_remote_code
-    print(f'adapter saved in {output_dir}; ask it: python {shlex.join(ask)} --prompt "..."')
+    log.say(f'adapter saved in {output_dir}; ask it: python {shlex.join(ask)} --prompt "..."')
     return model
 
 
@@ -301,8 +324,18 @@ def check_device_flags(config: TrainConfig, device: torch.device) -> None:
             raise InputError(f"--{name} needs a CUDA device, and there is none here")
 
 
-def check_output_dir(output_dir: Path, config: TrainConfig, checkpoint: Path | None) -> None:
-    """Create the folder; refuse one that cannot be written or that holds a run this one would overwrite."""
+def make_output_dir(output_dir: Path) -> None:
+    """Create the folder; refuse one that cannot be written."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
+
+
+def refuse_to_overwrite(output_dir: Path, config: TrainConfig, checkpoint: Path | None) -> None:
+    """Refuse a folder that holds a run this one would overwrite unasked."""
     earlier = [*list_checkpoints(output_dir), *output_dir.glob(ADAPTER), *output_dir.glob("metrics.jsonl")]
     home, resume_from = output_dir.resolve(), config.resume_from_checkpoint
     goes_on = resume_from == "latest" or (checkpoint and checkpoint.resolve().parent == home)
@@ -313,12 +346,6 @@ def check_output_dir(output_dir: Path, config: TrainConfig, checkpoint: Path | N
         )
     if config.overwrite_output_dir and config.adapter and Path(config.adapter).resolve().is_relative_to(home):
         raise InputError(f"--overwrite_output_dir would delete what --adapter {config.adapter} starts from")
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
 
 
 def check_room(output_dir: Path, optimizer) -> None:
@@ -335,11 +362,11 @@ def why_all_is_skipped(progress: Progress, loss: float, grad_norm: float, scaler
     """What to say when step after step is not finite."""
     count, step = progress.skipped_in_a_row, progress.step
     scale = f", loss scale {scaler.get_scale():g}" if scaler.is_enabled() else ""
-    advice = "--dtype bfloat16, " if scaler.is_enabled() else ""
+    advice = "--dtype bfloat16 --allow_changes dtype, " if scaler.is_enabled() else ""
     return (
         f"{count} steps in a row were not finite (step {step}: loss {loss}, gradient {grad_norm}{scale}); "
         f"the last that was taken is step {step - count}, no weight has changed since. Try {advice}a lower "
-        "--learning_rate from the last checkpoint on, or look at the rows by --data_report"
+        "--learning_rate with --allow_changes learning_rate, or look at the rows by --data_report"
     )
 
 

@@ -54,6 +54,19 @@ def add_adapter(
         raise InputError(f"PEFT cannot put LoRA on these layers: {first_line(error)}") from error
 
 
+def lora_settings(model) -> dict:
+    """The flags of the LoRA adapter that the model has, wherever it came from."""
+    config = model.peft_config["default"]
+    return {
+        "lora_r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_target_modules": sorted(config.target_modules),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+    }
+
+
 def check_adapter(adapter: str) -> None:
     """Raise InputError, before anything is loaded, if `adapter` is no LoRA adapter folder or hub id."""
     try:
@@ -112,8 +125,12 @@ def save_adapter(folder: Path, model, tokenizer, settings: dict) -> None:
 def save_final_adapter(output_dir: Path, model, tokenizer, settings: dict) -> None:
     """Save the adapter straight into `output_dir`, each file replaced as a whole, the weights last."""
     staging = staged(output_dir / "adapter")
-    save_adapter(staging, model, tokenizer, settings)
-    make_durable(staging)
+    try:
+        save_adapter(staging, model, tokenizer, settings)
+        make_durable(staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     (output_dir / "chat_template.jinja").unlink(missing_ok=True)  # an earlier run's would outlive it
     shutil.rmtree(output_dir / "additional_chat_templates", ignore_errors=True)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == ADAPTER):
@@ -132,7 +149,7 @@ def load_settings(adapter: str) -> dict:
     """The flags that kept_settings gave when the adapter was saved; {} if other code trained it. Raises
     InputError."""
     settings = _settings(adapter)
-    return {name: settings[name] for name in KEPT_FLAGS if settings}
+    return {name: settings[name] for name in KEPT_FLAGS} if settings else {}
 
 
 def check_base(adapter: str, base: str, flag: str) -> None:
@@ -153,7 +170,8 @@ def _settings(adapter: str) -> dict:
         return {}
     try:
         settings = json.loads(path.read_text())
-        _ = [settings[name] for name in KEPT_FLAGS]
+        if missing := set(KEPT_FLAGS) - set(settings):
+            raise KeyError(*missing)
         return settings
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error!r}") from error

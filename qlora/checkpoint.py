@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,11 +67,13 @@ def save_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)  # its room may be what is missing
         raise
     if problem := damage(folder):
+        remove_folder(folder)
         raise OSError(f"{folder} was written, but {problem}")
     best = output_dir / f"checkpoint-{progress.best_step}"
     for old in list_checkpoints(output_dir)[:-keep] if keep else []:
         if old != best:
-            remove_folder(old)
+            with suppress(OSError):  # then it stays
+                remove_folder(old)
     return folder
 
 
@@ -101,9 +104,12 @@ def _step_of(checkpoint: Path) -> int:
 
 def replace_later(output_dir: Path, step: int) -> None:
     """Delete what an earlier run saved after `step`: its later checkpoints, and the adapter at its end."""
-    (output_dir / ADAPTER).unlink(missing_ok=True)
-    for path in later_checkpoints(output_dir, step):
-        remove_folder(path)
+    try:
+        (output_dir / ADAPTER).unlink(missing_ok=True)
+        for path in later_checkpoints(output_dir, step):
+            remove_folder(path)
+    except OSError as error:
+        raise InputError(f"what an earlier run left in {output_dir} cannot be deleted: {error}") from error
 
 
 def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
@@ -161,13 +167,12 @@ def load_checkpoint(folder: Path, model, optimizer, scaler, names: list[str]) ->
             if key.startswith("optimizer/")
         }
         restore_optimizer(optimizer, optimizer_state)
-        if bool(state["scaler"]) != scaler.is_enabled():
-            raise InputError(f"{folder} was written with another --dtype: only float16 scales its loss")
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and scaler.is_enabled():  # only float16 has one
+            scaler.load_state_dict(state["scaler"])
         version, numbers, gauss = state["python_rng"]
         random.setstate((version, tuple(numbers), gauss))
         restore_random_states(tensors)
-        return Progress(**state["progress"])
+        return Progress(**state["progress"] | {"skipped_in_a_row": 0})  # whoever resumes has seen to them
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder} does not fit this version of the code: {first_line(error)}") from error
 

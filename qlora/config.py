@@ -37,14 +37,11 @@ FREE_FLAGS = """
     save_steps save_total_limit load_best_model_at_end metric_for_best_model
     max_skipped_steps max_hours resume_from_checkpoint allow_changes
 """.split()
-CONTENT = (
-    "base",
-    "tokenizer",
-    "data",
-    "packs_per_step",
-    "pack_length",
-    "most_rows",
-)  # what is compared besides
+# Compared in their place: content, what batch sizes and packing come to, the adapter's own LoRA settings.
+COMPARED = """
+    base tokenizer data packs_per_step pack_length most_rows
+    lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora
+""".split()
 
 
 @dataclass
@@ -276,13 +273,13 @@ class TrainConfig:
     )
     allow_changes: list[str] = flag(
         [],
-        "Names of flags, or base, tokenizer, data, that a resumed run may have other than it began with "
-        "(base also for --adapter).",
+        "What a resumed run may have other than it began with, by the names that a refusal gives (base also "
+        "for --adapter).",
     )
 
     def __post_init__(self):
         _require_text(self)
-        guarded = [*self.guarded_flags(), *CONTENT]
+        guarded = [*self.guarded_flags(), *COMPARED]
         for name in self.allow_changes:
             if name not in guarded:
                 raise ValueError(f"--allow_changes {name}: the names are {', '.join(guarded)}")
@@ -362,9 +359,9 @@ class TrainConfig:
             raise ValueError("--lora_target_modules takes 'all-linear' or names of layers, not both")
 
     def guarded_flags(self) -> dict:
-        """The flags that a resumed run must have as it began, with their values."""
+        """The flags that a resumed run must have as it began, with their values; COMPARED comes to that."""
         fields = (field.name for field in dataclasses.fields(self))
-        return {name: getattr(self, name) for name in fields if name not in FREE_FLAGS}
+        return {name: getattr(self, name) for name in fields if name not in (*FREE_FLAGS, *COMPARED)}
 
     @property
     def held_out(self) -> float | None:

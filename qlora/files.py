@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -29,24 +29,33 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     POSIX locks, because children do not inherit them: a worker that outlives a killed run holds nothing.
     """
-    with open(folder / ".lock", "w") as file:
-        try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise InputError(
-                f"--output_dir {folder} is being written by another run: wait for it, or give another folder"
-            ) from error
-        except OSError as error:
-            print(f"--output_dir {folder} cannot be locked ({error.strerror}): take care to run only once.")
+    path = folder / ".lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        raise InputError(f"the lock {path} cannot be opened: {error.strerror}") from error
+    try:
+        if fcntl is not None:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        os.close(descriptor)
+        raise InputError(
+            f"--output_dir {folder} is being written by another run: wait for it, or give another folder"
+        ) from error
+    except OSError as error:
+        print(f"--output_dir {folder} cannot be locked ({error.strerror}): take care to run only once.")
+    try:
         yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed run had begun to write or to delete."""
     for path in folder.glob(f"*{STAGED}"):
         if re.fullmatch(rf"(checkpoint-\d+(\.old)?|adapter|metrics\.jsonl){STAGED}", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with suppress(OSError):  # whatever holds it, a run can do without its room
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -11,6 +11,7 @@ from qlora.errors import InputError
 from qlora.tokens import TokenizedRows
 
 SAMPLES, SAMPLE_BYTES = 64, 2**14  # that are read of each file of weights
+FIXED = ("lora_r", "lora_target_modules", "use_dora", "optim")  # decide the shapes of what a checkpoint holds
 UNIMPORTANT = ("_name_or_path", "transformers_version")  # of a model's configuration
 
 
@@ -27,7 +28,7 @@ def base_fingerprint(model: str) -> str:
     names = {"model.safetensors"}
     if index.is_file() and not (folder / "model.safetensors").is_file():
         names = set(json.loads(index.read_text())["weight_map"].values())
-    for name in sorted(names):
+    for name in sorted(name for name in names if (folder / name).is_file()):  # else the configuration must do
         with open(folder / name, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(str(size).encode())
@@ -61,10 +62,10 @@ def refuse_changes(then: dict | None, now: dict, allowed: list[str], checkpoint:
     changed = {name: value for name, value in now.items() if name not in allowed and then.get(name) != value}
     if changed:
         were = "; ".join(f"{name} {_change(then.get(name), value)}" for name, value in changed.items())
-        raise InputError(
-            f"{checkpoint} is of another training: {were} - go on as it began, or accept what has changed by "
-            f"--allow_changes {' '.join(changed)}"
-        )
+        way = f"accept what has changed by --allow_changes {' '.join([*allowed, *changed])}"
+        if fixed := [name for name in changed if name in FIXED]:
+            way = f"train its adapter further, by --adapter, without what {' '.join(fixed)} decides"
+        raise InputError(f"{checkpoint} is of another training: {were} - go on as it began, or {way}")
 
 
 def _change(then, now) -> str:

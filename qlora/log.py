@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -30,17 +31,18 @@ class RunLog:
         self.graph_bytes = graph_bytes  # held by CUDA graphs, which PyTorch does not count
         self.has_lost = False  # a line that could not be written
 
-    def begin(self) -> None:
-        """Open metrics.jsonl, without the lines of steps that are taken again."""
+    def begin(self, evaluates_again: bool = False) -> None:
+        """Open metrics.jsonl, without the lines of steps that are taken again, or with `evaluates_again` of
+        the evaluation before them."""
         if self.file is None:
             try:
-                _keep_until(self.path, self.first_step)
+                _keep_until(self.path, self.first_step, evaluates_again)
                 self.file = open(self.path, "a", buffering=1)  # a line at a time: a kill loses none
             except OSError as error:
                 self._lost(error)
 
     def step_done(self) -> None:
-        self.bar.update()
+        self._show(self.bar.update)
 
     def train(self, **values: float) -> None:
         """Log a training line; adds the peak memory where there is a card."""
@@ -65,9 +67,11 @@ class RunLog:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
+        self.begin()  # if that has failed before
         try:
-            self.file.write(json.dumps(line) + "\n")
-        except (OSError, AttributeError) as error:  # full, or never opened: the next line is tried again
+            if self.file is not None:
+                self.file.write(json.dumps(line) + "\n")
+        except OSError as error:  # the next line is tried again
             self._lost(error)
         if self.tracker is not None:
             self.tracker.log(values)
@@ -79,10 +83,20 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.bar.write(text)
+        self._show(self.bar.write, text)
+
+    def _show(self, call, *arguments) -> None:
+        """Do what writes to the terminal, which may go away: a run does not end with it."""
+        try:
+            call(*arguments)
+            sys.stdout.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
 
     def close(self) -> None:
-        self.bar.close()
+        self._show(self.bar.close)
         if self.file is not None:
             try:
                 self.file.close()
@@ -149,17 +163,19 @@ def _start_wandb(id_file: Path, name: str, config: dict, is_resumed: bool, secon
     return run
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run writes those steps again."""
+def _keep_until(path: Path, step: int, evaluates_again: bool) -> None:
+    """Drop the lines that a run that is resumed after `step` writes again."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            values = json.loads(line)
+            is_again = evaluates_again and values["step"] == step and "eval_loss" in values
         except (ValueError, KeyError):  # a line cut short by a kill
             continue
+        if values["step"] <= step and not is_again:
+            kept.append(line + "\n")
     replace_file(path, "".join(kept))
 
 

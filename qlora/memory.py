@@ -203,7 +203,7 @@ def largest_step(rehearsal: Rehearsal, offload: bool, limit: int) -> tuple[int, 
 
     def fits(packs: int, length: int) -> bool:
         shape = replace(rehearsal.shape, packs=packs, length=length)
-        smaller = replace(rehearsal, shape=shape, any_shape=True)
+        smaller = replace(rehearsal, shape=shape, any_shape=True, evaluates=None)  # its batches shrink too
         needed = smaller.peak(len(rehearsal.layers), offload)
         return needed is not None and needed <= limit
 

@@ -1,5 +1,6 @@
 """How far a run is, and what it has seen of its losses. Stored whole in every checkpoint."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -14,6 +15,7 @@ class Progress:
     owes_evaluation: bool = False  # the one of this step was left early
     best_loss: float | None = None  # the lowest of the evaluations ...
     best_step: int | None = None  # ... and the step that it was after
+    validation: str | None = None  # the fingerprint of the rows of those evaluations
     loss_spikes: int = 0
     usual_loss: float = 0.0  # running means of the loss and of its distance from that
     usual_distance: float = 0.0
@@ -52,7 +54,7 @@ class Progress:
 
     def is_best(self, eval_loss: float) -> bool:
         """Note an evaluation after the last step; whether none before had so low a loss."""
-        if self.best_loss is not None and not eval_loss < self.best_loss:
+        if not math.isfinite(eval_loss) or (self.best_loss is not None and eval_loss >= self.best_loss):
             return False
         self.best_loss, self.best_step = eval_loss, self.step
         return True

@@ -7,12 +7,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from qlora.checkpoint import random_states, restore_random_states
 from qlora.errors import InputError, first_line
+from qlora.files import damage
 from qlora.memory import is_out_of_memory
 from qlora.progress import Progress
 
@@ -33,7 +35,9 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self.before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            for number in SIGNALS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as whoever started this wants it
+                    self.before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *error) -> None:
@@ -46,7 +50,8 @@ class Stop:
         self.signal = number
         # Not print(): the handler may have interrupted one.
         text = f"\n{signal.Signals(number).name}: this step ends, a checkpoint follows; again: out at once\n"
-        os.write(2, text.encode())
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, text.encode())
 
     def __bool__(self) -> bool:
         return self.signal is not None or (self.until is not None and time.monotonic() >= self.until)
@@ -61,9 +66,10 @@ class Stop:
 
 
 class Rescue:
-    """As a context: an out-of-memory error in it ends in a checkpoint of the last whole step, and one line.
+    """As a context: what ends the loop by one line first ends in a checkpoint of the last whole step.
 
-    The rehearsal has shown that a step fits, so something else has taken the memory since.
+    That is an InputError, as of a row deep in a stream, or an out-of-memory error: the rehearsal has shown
+    that a step fits, so something else has taken the memory since.
     """
 
     def __init__(self, output_dir: Path, model, optimizer, progress: Progress, save: Callable[[], bool]):
@@ -82,20 +88,30 @@ class Rescue:
         return self
 
     def __exit__(self, kind, error, frames) -> None:
-        if not isinstance(error, RuntimeError) or not is_out_of_memory(error):
+        is_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        if not is_memory and not isinstance(error, InputError):
             return
-        reason = first_line(error)
-        traceback.clear_frames(frames)
+        reason = str(error)
+        if is_memory:
+            reason = (
+                f"out of memory after step {self.progress.step} ({first_line(error)}): has another process "
+                "taken some? A new start plans for what is then free; a smaller "
+                "--per_device_train_batch_size or --max_length needs less"
+            )
+            traceback.clear_frames(frames)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
+        raise InputError(f"{reason} - {self._save()}") from error
+
+    def _save(self) -> str:
+        """Save the last whole step, unless that is done; returns what there is to go on from."""
         if self.drawn is not None:
             restore_random_states(self.drawn)
-        step, goes_on = self.progress.step, "it starts"
-        if step > self.first_step and ((self.output_dir / f"checkpoint-{step}").exists() or self.save()):
-            goes_on = f"checkpoint-{step} has all until then; --resume_from_checkpoint latest goes on"
-        raise InputError(
-            f"out of memory after step {step} ({reason}): has another process taken some? {goes_on} with a "
-            "plan for what is then free; a smaller --per_device_train_batch_size or --max_length needs less"
-        ) from error
+        step = self.progress.step
+        if step > self.first_step and damage(self.output_dir / f"checkpoint-{step}") and not self.save():
+            return "the last steps could NOT be saved, --resume_from_checkpoint latest has those before"
+        if step == 0:
+            return "no step was taken yet"
+        return f"--resume_from_checkpoint latest goes on after step {step}"

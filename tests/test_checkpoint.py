@@ -78,7 +78,7 @@ def test_a_checkpoint_holds_no_pickle(trained):
 def test_a_state_of_another_kind_is_one_line(trained, change):
     checkpoint = save(trained, 3)
     (checkpoint / STATE).write_text(change)
-    with pytest.raises(InputError, match="training_state.json cannot be read"):
+    with pytest.raises(InputError, match=r"training_state.json cannot be read"):
         load(trained, checkpoint)
 
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+import qlora.log
 from qlora.log import RunLog, Wandb
 from tests.conftest import ROOT
 
@@ -34,6 +35,23 @@ def test_metrics_lines_survive_a_resume_and_stay_valid_json(tmp_path):
     lines = [json.loads(text, parse_constant=pytest.fail) for text in open(tmp_path / "metrics.jsonl")]
     assert [(entry["step"], entry["loss"]) for entry in lines] == [(1, 1.0), (2, 1.0), (3, 0.5)]
     assert lines[0]["grad_norm"] is None
+
+
+def test_metrics_that_are_no_text_or_could_not_be_opened_cost_their_own_lines(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe{"step": 2}\n{"step": 3}\n')
+    log = RunLog(tmp_path, total_steps=6, first_step=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(qlora.log, "replace_file", lambda *_: fail())
+        log.begin()
+        log.train(**line(4))
+    log.train(**line(5))
+    log.close()
+    lines = [json.loads(text) for text in open(tmp_path / "metrics.jsonl")]
+    assert [entry["step"] for entry in lines] == [1, 3, 5]
+
+
+def fail():
+    raise OSError(30, "Read-only file system")
 
 
 WANDB_RUN = """

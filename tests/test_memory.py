@@ -189,6 +189,21 @@ def test_nothing_of_a_failed_compilation_is_left_when_the_plan_is_made_again(run
     assert alive == [[], [False]]
 
 
+def test_an_evaluation_is_rehearsed_beside_the_step(model, monkeypatch):
+    seen, loss = [], qlora.memory.next_token_loss
+
+    def watched(model, batch, *arguments):
+        seen.append((model.training, torch.is_grad_enabled(), tuple(batch["input_ids"].shape)))
+        return loss(model, batch, *arguments)
+
+    monkeypatch.setattr(qlora.memory, "next_token_loss", watched)
+    rehearsal = a_rehearsal(model)
+    rehearsal.evaluates = 3, 21
+    rehearsal.peak(0, False)
+    assert seen[1:] == [(False, False, (3, 24))] and seen[0][:2] == (True, True)
+    assert model.training
+
+
 # ---------------------------------------------------------------- on a card
 
 
@@ -215,6 +230,14 @@ def test_fewer_layers_checkpointed_take_more_memory_and_offloading_takes_less(la
     assert none > half > all_ > offloaded
     hidden = 4 * 2048 * 512 * 2
     assert all_ - offloaded > 7 * hidden  # of ten inputs, two or three are on the card at a time
+
+
+@pytest.mark.gpu
+def test_an_evaluation_that_needs_more_than_the_step_is_what_the_plan_counts(large_model):
+    rehearsal = a_rehearsal(large_model, packs=1, length=256)
+    step = rehearsal.peak(10, False)
+    rehearsal.evaluates = 32, 2048
+    assert rehearsal.peak(10, False) > 2 * step - torch.cuda.memory_allocated()
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """What becomes of a run that is killed, stopped, starved of disk or memory, or fed what is not a number."""
 
 import json
+import math
 import os
 import random
 import re
@@ -29,9 +30,11 @@ from qlora.checkpoint import STATE, STATE_TENSORS, find_checkpoint, list_checkpo
 from qlora.errors import InputError
 from qlora.evaluate import eval_batches
 from qlora.files import MANIFEST, damage
+from qlora.fingerprint import rows_fingerprint
 from qlora.progress import Progress
+from qlora.tokens import tokenize_rows
 from tests.conftest import ROOT
-from tests.test_train import adapter, assert_same, metrics
+from tests.test_train import adapter, assert_same, interrupt, metrics
 
 FLAGS = "--max_steps 6 --save_steps 2 --logging_steps 1 --lora_dropout 0.1 --save_total_limit 0"
 ON = "--resume_from_checkpoint latest"
@@ -105,7 +108,7 @@ def test_if_all_checkpoints_are_damaged_nothing_starts_and_nothing_is_lost(run):
     for checkpoint in list_checkpoints(folder):
         flip(checkpoint / ADAPTER, 500)
     before = sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
-    with pytest.raises(InputError, match="no checkpoint in .* is whole"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
         run(FLAGS, ON)
     with pytest.raises(InputError, match=f"checkpoint-4 is no whole checkpoint: {ADAPTER} does not"):
         run(FLAGS, "--resume_from_checkpoint", str(folder / "checkpoint-4"))
@@ -128,7 +131,7 @@ def test_a_base_of_pickles_is_refused(run, base, tmp_path):
     model = shutil.copytree(base, tmp_path / "pickled")
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="model.safetensors"):
+    with pytest.raises(InputError, match=r"model.safetensors"):
         run("--max_steps 1", model=str(model))
 
 
@@ -287,6 +290,7 @@ train.main(sys.argv[1:-1])
         )
         assert [path.name for path in list_checkpoints(tmp_path / "o")] == ["checkpoint-1"]
         assert damage(tmp_path / "o" / "checkpoint-1") is None
+        assert not list((tmp_path / "o").glob("*.tmp"))  # what failed does not keep its room
         assert "Traceback" not in done.stderr
     done = subprocess.run(
         [sys.executable, "train.py", *argv[3:], *ON.split()], capture_output=True, text=True, cwd=ROOT
@@ -297,7 +301,7 @@ train.main(sys.argv[1:-1])
 def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(run, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
-    with pytest.raises(InputError, match="no room for a checkpoint: .* MB needed and 0 MB free"):
+    with pytest.raises(InputError, match=r"no room for a checkpoint: .* MB needed and 0 MB free"):
         run("--max_steps 1")
 
 
@@ -307,7 +311,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_loads(run, 
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     monkeypatch.setattr(train, "load_base", pytest.fail)
-    with pytest.raises(InputError, match="--output_dir .* cannot be written: Read-only file system"):
+    with pytest.raises(InputError, match=r"--output_dir .* cannot be written: Read-only file system"):
         run("--max_steps 1")
 
 
@@ -372,12 +376,57 @@ def test_a_signal_ends_an_evaluation_which_is_made_up_for(run, rows_file, monkey
     assert stopped_in_evaluation(run, monkeypatch, step, flags) == 3  # of 11
     made = [line["step"] for line in metrics(tmp_path / "out") if "eval_loss" in line]
     assert made == [3] * (step == 6)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed behind that evaluation
+        patch.setattr(train, "lr_at", interrupt)
+        patch.setattr(train, "save_final_adapter", interrupt)
+        run(flags, ON)
     _, resumed = run(flags, ON)
     got, want = metrics(resumed), metrics(folder)
     for line in (*got, *want):
         line.pop("tokens_per_s", None), line.pop("data_wait", None)
     assert got == want
     assert_same(adapter(resumed), adapter(folder))
+
+
+def test_an_evaluation_that_is_owed_stays_owed_until_it_is_made(run, rows_file, monkeypatch, tmp_path):
+    flags = f"{FLAGS} --eval_steps 3 --per_device_eval_batch_size 4 --validation_dataset {rows_file}"
+    stopped_in_evaluation(run, monkeypatch, 3, flags)
+    begin = train.RunLog.begin
+
+    def begin_and_be_stopped(log, **owed):
+        begin(log, **owed)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(train.RunLog, "begin", begin_and_be_stopped)
+        run(flags, ON)
+    assert max(line["step"] for line in metrics(tmp_path / "out")) == 3
+    _, folder = run(flags, ON)
+    assert [line["step"] for line in metrics(folder) if "eval_loss" in line] == [3, 6]
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(base, rows_file, tmp_path):
+    """As `train.py 2>&1 | tee log` at Ctrl-C, which ends tee first."""
+    argv = [
+        sys.executable,
+        "train.py",
+        "--model",
+        base,
+        "--dataset",
+        rows_file,
+        "--output_dir",
+        str(tmp_path),
+    ]
+    argv += "--dtype float32 --no_packing --max_steps 400 --save_steps 1000 --logging_steps 1".split()
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    (checkpoint,) = list_checkpoints(tmp_path)
+    assert damage(checkpoint) is None
 
 
 def test_a_second_signal_leaves_at_once(run, whole, monkeypatch):
@@ -422,42 +471,46 @@ def test_a_signal_before_the_first_step_ends_without_a_traceback(base, rows_file
 # ---------------------------------------------------------------- numbers
 
 
-def losses_become(monkeypatch, value, first: int, last: int) -> None:
-    """Multiply the losses of the micro-batches from `first` to `last` (from 1) by a value."""
+def losses_become(monkeypatch, value, which: set[int] | range) -> None:
+    """Multiply the losses of these micro-batches (from 1) by a value."""
     calls, loss = [], train.next_token_loss
 
     def changed(*arguments):
         calls.append(1)
-        return loss(*arguments) * (value if first <= len(calls) <= last else 1)
+        return loss(*arguments) * (value if len(calls) in which else 1)
 
     monkeypatch.setattr(train, "next_token_loss", changed)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_steps_that_are_never_finite_end_the_run_with_the_reason(run, monkeypatch, tmp_path, dtype):
-    losses_become(monkeypatch, torch.nan, 3, 10**6)
     flags = "--gradient_accumulation_steps 1 --save_steps 1 --logging_steps 1 --max_steps 20"
-    flags += " --max_skipped_steps 4"
-    with pytest.raises(InputError) as error:
-        run(flags, "--dtype", dtype)
+    flags += f" --max_skipped_steps 4 --save_total_limit 0 --dtype {dtype}"
+    with monkeypatch.context() as patch, pytest.raises(InputError) as error:
+        losses_become(patch, torch.nan, range(3, 10**6))
+        run(flags)
     message = str(error.value)
     assert message.startswith("4 steps in a row were not finite (step 6: loss nan, gradient nan")
     assert "the last that was taken is step 2" in message and "--learning_rate" in message
     assert ("loss scale 4096" in message) == ("bfloat16" in message) == (dtype == "float16")
-    kept = [adapter(tmp_path / "out" / f"checkpoint-{step}") for step in (4, 5)]
+    assert message.endswith("--resume_from_checkpoint latest goes on after step 6")
+    kept = [adapter(tmp_path / "out" / f"checkpoint-{step}") for step in (4, 6)]
     assert_same(*kept)
     assert all(weight.isfinite().all() for weight in kept[0].values())
     assert metrics(tmp_path / "out")[-1]["skipped_steps"] == 3
+    advice = f"--learning_rate 1e-4 --allow_changes learning_rate {'dtype' if dtype == 'float16' else ''}"
+    run(flags, ON, advice, "--dtype bfloat16" if dtype == "float16" else "")
+    assert metrics(tmp_path / "out")[-1]["skipped_steps"] == 4
 
 
 def test_a_few_skipped_steps_do_not_end_a_run(run, monkeypatch):
-    losses_become(monkeypatch, torch.inf, 3, 5)
-    _, folder = run("--gradient_accumulation_steps 1 --max_skipped_steps 4 --max_steps 8")
-    assert metrics(folder)[-1]["skipped_steps"] == 3
+    losses_become(monkeypatch, torch.inf, {3, 4, 5, 7, 8, 9})
+    _, folder = run("--gradient_accumulation_steps 1 --max_skipped_steps 4 --max_steps 12")
+    assert metrics(folder)[-1]["skipped_steps"] == 6
 
 
 def test_a_loss_that_stands_out_is_said_and_counted(run, monkeypatch, capsys):
-    losses_become(monkeypatch, 3, 30, 30)
+    losses_become(monkeypatch, 3, {30})
     _, folder = run("--gradient_accumulation_steps 1 --max_steps 40 --logging_steps 10 --learning_rate 1e-5")
     assert [line["loss_spikes"] for line in metrics(folder)] == [0, 0, 1, 1]
     assert capsys.readouterr().out.count("step 30: a loss of ") == 1
@@ -494,12 +547,51 @@ def test_memory_that_runs_out_in_a_step_costs_that_step(run, monkeypatch, tmp_pa
         runs_out(patch, 14)  # the second micro-batch of step 4: 4, 4 and 3 a step
         run(FLAGS)
     message = str(error.value)
-    assert "out of memory after step 3 (CUDA out of memory" in message and "checkpoint-3 has all" in message
+    assert "out of memory after step 3 (CUDA out of memory" in message and "goes on after step 3" in message
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3"]
     with monkeypatch.context() as patch:
         runs_out(patch, 10**6)
         run(FLAGS, ON)
     assert_is(tmp_path / "out", want)
+
+
+def test_memory_that_runs_out_in_an_evaluation_costs_nothing(run, rows_file, monkeypatch, tmp_path):
+    flags = f"{FLAGS} --eval_steps 6 --validation_dataset {rows_file}"
+    _, folder = run(flags, out="whole")
+
+    def running_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="goes on after step 6"):
+        patch.setattr(qlora.evaluate, "next_token_loss", running_out)
+        run(flags)
+    run(flags, ON)
+    assert metrics(tmp_path / "out")[-1] == metrics(folder)[-1]
+    assert "eval_loss" in metrics(folder)[-1]
+
+
+def test_a_bad_row_deep_in_a_stream_costs_no_step(run, monkeypatch, tmp_path):
+    made, make = [], train.make_loader
+
+    def failing(*arguments):
+        loader, steps = make(*arguments)
+        make_step = loader.make
+
+        def broken(step):
+            if step == 3:
+                raise InputError("rows.jsonl: line 99 is no JSON")
+            made.append(step)
+            return make_step(step)
+
+        loader.make = broken
+        return loader, steps
+
+    monkeypatch.setattr(train, "make_loader", failing)
+    with pytest.raises(
+        InputError, match="line 99 is no JSON - --resume_from_checkpoint latest goes on after step 3"
+    ):
+        run(FLAGS)
+    assert (tmp_path / "out" / "checkpoint-3").exists() and made == [0, 1, 2]
 
 
 def test_another_error_is_not_taken_for_one_of_memory(run, monkeypatch):
@@ -539,11 +631,11 @@ def test_another_base_tokenizer_or_other_rows_are_refused_by_name(run, base, row
     again = "--max_steps 2", ON
     other = shutil.copytree(base, tmp_path / "base")
     flip(other / "model.safetensors", (other / "model.safetensors").stat().st_size - 1000)
-    with pytest.raises(InputError, match="base is another - .* --allow_changes base$"):
+    with pytest.raises(InputError, match=r"base is another - .* --allow_changes base$"):
         run(*again, model=str(other))
     rows = Path(rows_file).read_text()
     (tmp_path / "rows.jsonl").write_text(rows.replace("red leaf", "red loaf"))
-    with pytest.raises(InputError, match="data is another - .* --allow_changes data$"):
+    with pytest.raises(InputError, match=r"data is another - .* --allow_changes data$"):
         run(*again, dataset=str(tmp_path / "rows.jsonl"))
     other = shutil.copytree(base, tmp_path / "tokenizer")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -558,6 +650,16 @@ def test_another_base_tokenizer_or_other_rows_are_refused_by_name(run, base, row
         "--learning_rate 1e-4",
         dataset=str(tmp_path / "rows.jsonl"),
     )
+
+
+def test_rows_of_the_same_lengths_are_told_apart(tokenizer):
+    rows = [
+        tokenize_rows([("row 1", {"prompt": prompt, "completion": "yes"})], tokenizer)
+        for prompt in ("red leaf", "leaf red", "red leaf")
+    ]
+    assert rows[0].lengths == rows[1].lengths
+    first, second, third = map(rows_fingerprint, rows)
+    assert first == third != second
 
 
 def test_an_adapter_on_another_base_is_refused_unless_asked(run, base, tmp_path):
@@ -578,6 +680,73 @@ def test_the_best_checkpoint_is_kept_and_its_adapter_is_the_end(run, rows_file, 
     assert_same(adapter(folder), adapter(folder / "checkpoint-2"))
     best = json.loads((folder / "checkpoint-6" / STATE).read_text())["progress"]
     assert (best["best_step"], best["best_loss"]) == (2, 2.0)
+
+
+def test_the_best_stays_when_a_better_one_cannot_be_saved(run, rows_file, monkeypatch, capsys):
+    found = iter([2.0, 3.0, 1.0, 3.0, 3.0, 3.0])
+    monkeypatch.setattr(train, "evaluate_loss", lambda *_: next(found))
+    save = train.save_checkpoint
+
+    def full_once(*arguments, **options):
+        if arguments[7].step == 3:
+            raise OSError(28, "No space left on device")
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(train, "save_checkpoint", full_once)
+    flags = "--max_steps 6 --eval_steps 1 --save_steps 2 --save_total_limit 1 --load_best_model_at_end"
+    _, folder = run(flags, "--validation_dataset", rows_file)
+    assert "step 3: no checkpoint could be saved" in capsys.readouterr().out
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-1", "checkpoint-6"]
+    assert_same(adapter(folder), adapter(folder / "checkpoint-1"))
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best():
+    progress = Progress()
+    assert not progress.is_best(math.nan) and not progress.is_best(math.inf)
+    assert progress.is_best(2.0) and not progress.is_best(2.0) and not progress.is_best(math.nan)
+
+
+def test_the_best_of_other_rows_or_of_another_folder_is_forgotten(run, rows_file, tmp_path):
+    flags = "--max_steps 4 --eval_steps 2 --save_steps 2 --save_total_limit 0 --load_best_model_at_end"
+    _, folder = run(flags, "--validation_dataset", rows_file)
+
+    def best_of_resumed(out: str, rows: str) -> dict:
+        run(
+            flags,
+            "--resume_from_checkpoint",
+            str(folder / "checkpoint-2"),
+            "--validation_dataset",
+            rows,
+            out=out,
+        )
+        return json.loads((tmp_path / out / "checkpoint-4" / STATE).read_text())["progress"]
+
+    assert best_of_resumed("elsewhere", rows_file)["best_step"] == 4
+    (tmp_path / "few.jsonl").write_text("".join(Path(rows_file).read_text().splitlines(True)[:5]))
+    progress = best_of_resumed("out", str(tmp_path / "few.jsonl"))
+    assert progress["best_step"] == 4
+
+
+def test_a_resume_without_the_adapter_that_was_trained_further_is_refused(run):
+    _, first = run("--max_steps 1 --lora_alpha 64", out="first")
+    flags = f"--max_steps 4 --save_steps 2 --adapter {first}"
+    _, folder = run(flags)
+    shutil.rmtree(folder / "checkpoint-4")
+    with pytest.raises(InputError, match="lora_alpha was 64, now it is 16"):
+        run("--max_steps 4 --save_steps 2", ON)
+    run(flags, ON)
+
+
+def test_a_checkpoint_that_does_not_read_as_written_is_none(run, monkeypatch, capsys):
+    check = qlora.checkpoint.damage
+    monkeypatch.setattr(
+        qlora.checkpoint,
+        "damage",
+        lambda folder: "rotten" if folder.name == "checkpoint-4" else check(folder),
+    )
+    _, folder = run("--max_steps 6 --save_steps 2 --save_total_limit 2")
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-6"]
+    assert "step 4: no checkpoint could be saved" in capsys.readouterr().out
 
 
 def test_nothing_secret_is_written(run, monkeypatch):

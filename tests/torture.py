@@ -1,9 +1,9 @@
 """Kill trainings at random moments, resume them, and compare the end with a run that was left alone.
 
-python tests/torture.py [--kills 100] [--terms 20] [--forked] [--cuda --model M --dataset D FLAGS]
+python tests/torture.py [--kills 100] [--terms 20] [--forked] [--cuda --model M --dataset D ...]
 
-SIGKILL: some in set-up, most while a step is taken, half of them while a checkpoint is being written. SIGTERM:
-any time. After each one every listed checkpoint must be whole; in the end the adapter, the optimizer's
+SIGKILL: some in set-up, most while a step is taken, half while a checkpoint is being written. SIGTERM: any
+time. After each one every listed checkpoint must be whole; in the end the adapter, the optimizer's
 state and the logged losses must be those of the other run, bit for bit. Every run is a process of its own:
 python train.py, or with --forked a copy of this one, which has imported everything: ten times as fast.
 
