@@ -1,4 +1,4 @@
-"""How a run ends before its end, with a checkpoint: SIGTERM, SIGINT, a limit of time, no memory left."""
+"""How a run ends before its end, with a checkpoint: by a signal, a limit of time, an error."""
 
 import gc
 import os
@@ -18,7 +18,9 @@ from qlora.files import damage
 from qlora.memory import is_out_of_memory
 from qlora.progress import Progress
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGHUP"):  # the terminal is gone; not on Windows
+    SIGNALS.append(signal.SIGHUP)
 OUT_OF_TIME = 124  # the exit code, as timeout(1) has it
 
 

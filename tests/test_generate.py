@@ -208,6 +208,18 @@ def test_what_the_training_used_is_what_the_flags_leave_open(run, base):
         script.flags(argv)
 
 
+def test_an_adapter_on_another_base_answers_only_if_asked(run, base, tmp_path, capsys):
+    _, folder = run("--max_steps 1")
+    other = shutil.copytree(base, tmp_path / "other")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1000] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    argv = ["--model", str(other), "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "2"]
+    with pytest.raises(InputError, match=r"was trained on another base than --model: .* --allow_other_base"):
+        script.main(script.flags(argv))
+    script.main(script.flags([*argv, "--allow_other_base"]))
+
+
 def test_an_adapter_that_does_not_say_how_it_was_trained_is_said_so(run, base, capsys):
     _, folder = run("--max_steps 1")
     (folder / SETTINGS).unlink()

@@ -330,7 +330,7 @@ def at_step(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     monkeypatch.setattr(train.RunLog, "step_done", step_done)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_in_a_checkpoint_of_the_step(run, whole, monkeypatch, number, code, capsys, tmp_path):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
