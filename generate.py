@@ -110,11 +110,18 @@ def answer_file(
         for start in range(0, len(prompts), config.batch_size):
             batch = prompts[start : start + config.batch_size]
             answers = answer([ids for _, ids in batch], seed=config.seed + start)
-            for (row, _), text in zip(batch, answers, strict=True):
-                file.write(
-                    json.dumps({**row, "answer": text.strip()}, ensure_ascii=False, default=str) + "\n"
+            lines = [
+                json.dumps({**row, "answer": text.strip()}, ensure_ascii=False, default=str) + "\n"
+                for (row, _), text in zip(batch, answers, strict=True)
+            ]
+            try:
+                file.write("".join(lines))
+                file.flush()
+            except OSError as error:
+                reason = (
+                    f"--output_file {output_file} cannot be written after {start} answers: {error.strerror}"
                 )
-            file.flush()
+                raise InputError(reason) from error
             bar.update(len(batch))
     print(f"{len(prompts)} answers in {output_file}")
 

@@ -57,11 +57,12 @@ def add_adapter(
 def lora_settings(model) -> dict:
     """The flags of the LoRA adapter that the model has, wherever it came from."""
     config = model.peft_config["default"]
+    targets = config.target_modules  # names, or of some adapters a regular expression
     return {
         "lora_r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "lora_target_modules": sorted(config.target_modules),
+        "lora_target_modules": targets if isinstance(targets, str) else sorted(targets),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
     }

@@ -1,5 +1,6 @@
 """Generation: batches equal single prompts, formats travel with the adapter, the real command line."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -206,6 +207,18 @@ def test_what_the_training_used_is_what_the_flags_leave_open(run, base):
     (folder / SETTINGS).write_text('{"dtype": "float32"')
     with pytest.raises(InputError, match=f"{SETTINGS} is damaged"):
         script.flags(argv)
+
+
+def test_a_disk_that_is_full_ends_the_answers_with_one_line(base, tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "prompts.txt").write_text("What is red?\nWhat is blue?\n")
+    monkeypatch.setattr(script, "open", lambda *_, **__: Full(), raising=False)
+    argv = ["--model", base, "--prompts_file", str(tmp_path / "prompts.txt"), "--max_new_tokens", "2"]
+    with pytest.raises(InputError, match="cannot be written after 0 answers: No space left on device"):
+        script.main(script.flags(argv))
 
 
 def test_an_adapter_on_another_base_answers_only_if_asked(run, base, tmp_path, capsys):

@@ -30,7 +30,7 @@ from qlora.checkpoint import STATE, STATE_TENSORS, find_checkpoint, list_checkpo
 from qlora.errors import InputError
 from qlora.evaluate import eval_batches
 from qlora.files import MANIFEST, damage
-from qlora.fingerprint import rows_fingerprint
+from qlora.fingerprint import base_fingerprint, rows_fingerprint
 from qlora.progress import Progress
 from qlora.tokens import tokenize_rows
 from tests.conftest import ROOT
@@ -642,6 +642,22 @@ def test_rows_of_the_same_lengths_are_told_apart(tokenizer):
     assert rows[0].lengths == rows[1].lengths
     first, second, third = map(rows_fingerprint, rows)
     assert first == third != second
+
+
+def test_a_base_in_several_files_is_told_by_each_of_them(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    seen = {base_fingerprint(base), base_fingerprint(str(tmp_path))}
+    for shard in shards:
+        flip(shard, -100)
+        seen.add(base_fingerprint(str(tmp_path)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_version": "0"}))
+    assert base_fingerprint(str(tmp_path)) in seen and len(seen) == 2 + len(shards)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1.0}))
+    assert base_fingerprint(str(tmp_path)) not in seen
 
 
 def test_an_adapter_on_another_base_is_refused_unless_asked(run, base, tmp_path):
