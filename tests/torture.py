@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -31,11 +32,16 @@ ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "demo" / "rows.jsonl"
 sys.path.insert(0, str(ROOT))
 
+from tqdm import tqdm  # noqa: E402
+
 import train  # noqa: E402
 from demo.make_base import make_base  # noqa: E402
 from qlora.adapter import ADAPTER  # noqa: E402
 from qlora.checkpoint import STATE, STATE_TENSORS, list_checkpoints  # noqa: E402
 from qlora.files import damage  # noqa: E402
+
+# tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop all others.
+tqdm.set_lock(threading.RLock())
 
 FLAGS = (
     "--save_steps 1 --logging_steps 1 --eval_steps 5 --load_best_model_at_end --save_total_limit 3 "
@@ -46,6 +52,7 @@ SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 256,
 }  # fmt: skip
+PATIENCE = 300  # seconds for one training
 TIMES = "tokens_per_s", "data_wait"  # of a line in metrics.jsonl
 
 
@@ -67,26 +74,33 @@ class Training:
                 self.pid = subprocess.Popen(argv, stdout=file, stderr=file, cwd=ROOT).pid
         self.status = None
 
-    def code(self, is_waiting: bool = False) -> int | None:
+    def code(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
         if self.status is None:
-            pid, status = os.waitpid(self.pid, 0 if is_waiting else os.WNOHANG)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.status = os.waitstatus_to_exitcode(status)
         return self.status
 
-    def wait_for(self, happened) -> bool:
-        """Wait until something is so; whether it was before the process ended."""
-        while not happened():
-            if self.code() is not None:
-                return False
+    def wait_for(self, happened) -> None:
+        """Wait until something is so, or the process has ended."""
+        until = time.monotonic() + PATIENCE
+        while self.code() is None and not happened():
+            if time.monotonic() > until:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError("a training hangs")
             time.sleep(0.001)
-        return True
+
+    def end(self) -> int:
+        """Wait for the end; returns the exit code."""
+        self.wait_for(lambda: False)
+        return self.code()
 
     def send(self, number: int) -> int:
+        """Send a signal and wait for the end."""
         if self.code() is None:
             os.kill(self.pid, number)
-        return self.code(is_waiting=True)
+        return self.end()
 
 
 def _train_here(arguments: list[str], log) -> None:
@@ -147,7 +161,7 @@ def torture(given: argparse.Namespace, folder: Path) -> dict:
     """Returns the counts; raises AssertionError if anything was lost."""
     draw, steps = random.Random(given.seed), 2 * (given.kills + given.terms) + 5
     alone = Training(command(given, folder / "alone", steps), folder / "alone.log", given.forked)
-    assert alone.code(is_waiting=True) == 0, (folder / "alone.log").read_text()[-2000:]
+    assert alone.end() == 0, (folder / "alone.log").read_text()[-2000:]
     out, log = folder / "struck", folder / "struck.log"
     count = {"SIGKILL": 0, "in a save": 0, "SIGTERM": 0, "at a step's end": 0, "finished": 0}
     signals = [signal.SIGKILL] * given.kills + [signal.SIGTERM] * given.terms
@@ -172,7 +186,7 @@ def torture(given: argparse.Namespace, folder: Path) -> dict:
         for checkpoint in list_checkpoints(out):
             assert damage(checkpoint) is None, checkpoint
     training = Training(command(given, out, steps), log, given.forked)
-    assert training.code(is_waiting=True) == 0, log.read_text()[-2000:]
+    assert training.end() == 0, log.read_text()[-2000:]
     count["finished"] += 1
     assert not list(out.glob("*.tmp"))
     left, right = end_of(out, steps), end_of(folder / "alone", steps)
