@@ -72,15 +72,14 @@ def main(config: GenerateConfig) -> None:
     elif config.prompt is not None:
         prompt = writer.chat([{"role": "user", "content": config.prompt}])
 
-    base = load_base(
+    model = load_base(
         config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
         config.bnb_4bit_use_double_quant, config.trust_remote_code,
     )  # fmt: skip
-    model = base
     if config.adapter:
         if not config.allow_other_base:
             check_base(config.adapter, base_fingerprint(config.model), "--allow_other_base")
-        model = load_adapter(base, config.adapter, is_trainable=False)
+        model = load_adapter(model, config.adapter, is_trainable=False)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     options = {
         "max_new_tokens": config.max_new_tokens,

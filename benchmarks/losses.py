@@ -35,7 +35,7 @@ def losses(flags: list[str], folder: str) -> tuple[list[float], float]:
 
 
 def train_here(flags: list[str]) -> None:
-    """One of the two trainings."""
+    """One of the trainings."""
     import train
     from qlora.config import TrainConfig, parse_args
 
@@ -56,11 +56,8 @@ def main() -> None:
         fast, fast_speed = losses([*flags, *STEP], f"{folder}/fast")
         plain, plain_speed = losses([*flags, *STEP, *PLAIN], f"{folder}/plain")
         split, _ = losses([*flags, *SPLIT_STEP, *PLAIN], f"{folder}/split")
-    print(
-        f"{len(plain)} steps, loss {plain[0]:.4f} to {plain[-1]:.4f}; {fast_speed:,.0f} tokens/s fast, ",
-        end="",
-    )
-    print(f"{plain_speed:,.0f} plain")
+    print(f"{len(plain)} steps, loss {plain[0]:.4f} to {plain[-1]:.4f}")
+    print(f"{fast_speed:,.0f} tokens/s fast, {plain_speed:,.0f} plain")
     print(f"fast against plain: {difference(fast, plain)}")
     print(f"plain, split in two, against plain: {difference(split, plain)}")
 

@@ -125,13 +125,9 @@ def save_adapter(folder: Path, model, tokenizer, settings: dict) -> None:
 
 def save_final_adapter(output_dir: Path, model, tokenizer, settings: dict) -> None:
     """Save the adapter straight into `output_dir`, each file replaced as a whole, the weights last."""
-    staging = staged(output_dir / "adapter")
-    try:
+    with staged(output_dir / "adapter") as staging:
         save_adapter(staging, model, tokenizer, settings)
         make_durable(staging)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     (output_dir / "chat_template.jinja").unlink(missing_ok=True)  # an earlier run's would outlive it
     shutil.rmtree(output_dir / "additional_chat_templates", ignore_errors=True)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == ADAPTER):

@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import shutil
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qlora.adapter import ADAPTER, check_complete, save_adapter
 from qlora.errors import InputError, first_line
 from qlora.files import check_space, damage, publish_folder, remove_folder, staged
-from qlora.optim import optimizer_tensors, restore_optimizer
+from qlora.optim import optimizer_bytes, optimizer_tensors, restore_optimizer
 from qlora.progress import Progress
 
 STATE_TENSORS = "training_state.safetensors"
@@ -46,9 +45,8 @@ def save_checkpoint(
     the reader. Raises OSError, or whatever the libraries that write throw.
     """
     folder = output_dir / f"checkpoint-{progress.step}"
-    staging = staged(folder)
     check_space(output_dir, checkpoint_bytes(optimizer))
-    try:
+    with staged(folder) as staging:
         save_adapter(staging, model, tokenizer, settings)
         tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(optimizer).items()}
         save_file({**tensors, **random_states()}, staging / STATE_TENSORS)
@@ -63,9 +61,6 @@ def save_checkpoint(
         }
         (staging / STATE).write_text(json.dumps(state, indent=2) + "\n")
         publish_folder(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # its room may be what is missing
-        raise
     if problem := damage(folder):
         remove_folder(folder)
         raise OSError(f"{folder} was written, but {problem}")
@@ -79,9 +74,7 @@ def save_checkpoint(
 
 def checkpoint_bytes(optimizer) -> int:
     """About what a checkpoint takes on the disk: the adapter, the optimizer's state, the tokenizer."""
-    (vector,) = optimizer.param_groups[0]["params"]
-    states = [value for value in optimizer.state[vector].values() if isinstance(value, torch.Tensor)]
-    return vector.nbytes + sum(state.nbytes for state in states) + TOKENIZER_BYTES
+    return optimizer_bytes(optimizer) + TOKENIZER_BYTES
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -67,16 +67,21 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def staged(path: Path) -> Path:
-    """Where to write what will be `path`; empty."""
-    staging = path.with_name(path.name + STAGED)
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A free name under which to write what will be the folder `path`; what stands there goes on an error."""
+    staging = _staging(path)
     shutil.rmtree(staging, ignore_errors=True)
-    return staging
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # its room may be what is missing
+        raise
 
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file that has its old content until it has all of the new one, also after a power cut."""
-    staging = path.with_name(path.name + STAGED)
+    staging = _staging(path)
     staging.write_text(text, encoding="utf-8")
     _sync(staging)
     os.replace(staging, path)
@@ -104,7 +109,8 @@ def make_durable(folder: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Delete a folder, which stops being there under its name at once."""
     if folder.exists():
-        removed = staged(folder.with_name(folder.name + ".old"))
+        removed = _staging(folder.with_name(folder.name + ".old"))
+        shutil.rmtree(removed, ignore_errors=True)
         os.rename(folder, removed)
         shutil.rmtree(removed)
 
@@ -126,6 +132,10 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
     # Written anew it is the same to the last byte: no part of it can have changed unseen.
     return None if files and text == json.dumps(files, indent=2) + "\n" else f"{MANIFEST} is damaged"
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(path.name + STAGED)
 
 
 def _manifest(folder: Path, files: list[str]) -> str:

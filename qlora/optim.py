@@ -87,6 +87,13 @@ def optimizer_tensors(optimizer) -> dict[str, torch.Tensor]:
     }
 
 
+def optimizer_bytes(optimizer) -> int:
+    """Bytes of the vector and of the optimizer's state."""
+    vector = _vector(optimizer)
+    state = optimizer.state.get(vector, {}).values()
+    return vector.nbytes + sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+
+
 @torch.no_grad()
 def restore_optimizer(optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Put tensors from optimizer_tensors back, bit for bit; raises InputError if names or shapes differ.

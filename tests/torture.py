@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,7 +173,7 @@ def torture(given: argparse.Namespace, folder: Path) -> dict:
         if code == 0:  # it was done before: another one, from the start
             count["finished"] += 1
             assert end_of(out, steps) == end_of(folder / "alone", steps)
-            subprocess.run(["rm", "-r", str(out)], check=True)
+            shutil.rmtree(out)
             continue
         number = signals.pop()
         if number == signal.SIGKILL:
