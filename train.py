@@ -6,6 +6,7 @@ The whole run in the order it happens: train() sets up, then loops. Flags: qlora
 import dataclasses
 import gc
 import math
+import os
 import shlex
 import signal
 import sys
@@ -81,6 +82,10 @@ def train(config: TrainConfig):
 def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path | None):
     """Set up, then loop. With --plan_only, what comes before the loop."""
     output_dir = Path(config.output_dir)
+    if config.full_determinism:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what was not written
     dtype = getattr(torch, config.dtype)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 

@@ -33,7 +33,7 @@ FREE_FLAGS = """
     validation_split validation_dataset data_report output_dir overwrite_output_dir
     per_device_train_batch_size gradient_accumulation_steps
     gradient_checkpointing offload_activations memory_limit_gb plan_only compile cuda_graphs fused_4bit
-    per_device_eval_batch_size eval_steps logging_steps report_to run_name
+    full_determinism per_device_eval_batch_size eval_steps logging_steps report_to run_name
     save_steps save_total_limit load_best_model_at_end metric_for_best_model
     max_skipped_steps max_hours resume_from_checkpoint allow_changes
 """.split()
@@ -214,6 +214,11 @@ class TrainConfig:
         10, "End the run after so many steps in a row whose loss or gradient was not finite."
     )
     seed: int = flag(42, "Seed of LoRA's start, the row order, the held-out rows and dropout.")
+    full_determinism: bool = flag(
+        False,
+        "Only operations that give the same bits every time: on CUDA two equal runs then end alike, and so "
+        "does one that was resumed. Slower; on the CPU they do anyway.",
+    )
 
     # Speed and memory
     gradient_checkpointing: str = flag(

@@ -9,13 +9,34 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from demo.make_base import make_base
 from qlora.adapter import ADAPTER
 from qlora.attention import VARLEN, choose_attention, decode
 from qlora.data import collate, to_device
 from qlora.loss import next_token_loss
 from qlora.optim import build_optimizer, optimizer_tensors, restore_optimizer
+from tests.conftest import TEXTS
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="session")
+def wide_base(tmp_path_factory) -> str:
+    """Folder of a two-layer Llama whose matrices and heads are wide, so that large models' kernels run."""
+    folder = tmp_path_factory.mktemp("models") / "wide-llama"
+    make_base(
+        folder, TEXTS, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=8,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def long_rows(tmp_path_factory) -> str:
+    """64 rows of up to 1,000 tokens."""
+    path = tmp_path_factory.mktemp("data") / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(TEXTS[: 1 + i])}) + "\n" for i in range(64)))
+    return str(path)
 
 
 def losses(folder) -> list[float]:
@@ -51,6 +72,29 @@ def test_resume_equals_an_uninterrupted_run(run, flags):
     run(flags, "--resume_from_checkpoint", str(folder / "checkpoint-3"))
     got = load_file(folder / ADAPTER)
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.fixture
+def afterwards_free():
+    """Ends what --full_determinism sets for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_with_full_determinism_equal_runs_end_alike_and_so_does_a_resumed_one(
+    run, wide_base, long_rows, afterwards_free
+):
+    flags = "--full_determinism --packing --compile --max_steps 4 --save_steps 2 --save_total_limit 0"
+    flags += " --dtype float16 --lora_dropout 0.1 --max_length 1024 --lora_target_modules all-linear"
+    ends, data = [], {"model": wide_base, "dataset": long_rows}
+    for out in ("one", "two"):
+        _, folder = run(flags, out=out, **data)
+        ends.append(load_file(folder / ADAPTER))
+    run(flags, "--resume_from_checkpoint", str(folder / "checkpoint-2"), out="two", **data)
+    ends.append(load_file(folder / ADAPTER))
+    for end in ends[1:]:
+        assert all(torch.equal(ends[0][name], end[name]) for name in end)
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch"])

@@ -676,3 +676,12 @@ def test_a_missing_model_or_data_set_is_one_line(base, tmp_path, flags, message)
     )
     assert result.returncode == 1
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_with_full_determinism_only_operations_that_repeat_their_bits_run(run):
+    try:
+        run("--full_determinism --max_steps 1")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True

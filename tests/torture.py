@@ -5,7 +5,8 @@ python tests/torture.py [--kills 100] [--terms 20] [--forked] [--cuda --model M 
 SIGKILL: some in set-up, most while a step is taken, half while a checkpoint is being written. SIGTERM: any
 time. After each one every listed checkpoint must be whole; in the end the adapter, the optimizer's
 state and the logged losses must be those of the other run, bit for bit. Every run is a process of its own:
-python train.py, or with --forked a copy of this one, which has imported everything: ten times as fast.
+python train.py, or with --forked a copy of this one, which has imported everything: ten times as fast. With
+--cuda the trainings run on the card, with --full_determinism.
 
 The trainings have what is hard to resume: dropout, packing, float16 with its loss scale, 8-bit optimizer
 states, evaluations, and the best of them kept.
@@ -54,7 +55,7 @@ SIZES = {
     "max_position_embeddings": 256,
 }  # fmt: skip
 PATIENCE = 300  # seconds for one training
-TIMES = "tokens_per_s", "data_wait"  # of a line in metrics.jsonl
+VARYING = "tokens_per_s", "data_wait", "peak_memory_gb"  # of a line in metrics.jsonl
 
 
 def command(given: argparse.Namespace, out: Path, steps: int) -> list[str]:
@@ -154,7 +155,7 @@ def end_of(out: Path, steps: int) -> dict:
         "adapter": (out / ADAPTER).read_bytes(),
         "optimizer": (last / STATE_TENSORS).read_bytes(),
         "state": state,
-        "metrics": [{name: line[name] for name in line if name not in TIMES} for line in logged],
+        "metrics": [{name: line[name] for name in line if name not in VARYING} for line in logged],
     }
 
 
@@ -191,6 +192,8 @@ def torture(given: argparse.Namespace, folder: Path) -> dict:
     count["finished"] += 1
     assert not list(out.glob("*.tmp"))
     left, right = end_of(out, steps), end_of(folder / "alone", steps)
+    for ours, theirs in zip(left["metrics"], right["metrics"], strict=True):
+        assert ours == theirs, f"logged: {ours}, by the run that was left alone: {theirs}"
     for name in left:
         assert left[name] == right[name], f"the {name} is not that of the run that was left alone"
     return count
@@ -206,7 +209,9 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--dataset", default=str(ROWS))
     given, flags = parser.parse_known_args()
-    given.flags = flags
+    if given.cuda and given.forked:
+        parser.error("--forked needs the CPU: bitsandbytes has CUDA started, which cannot be forked")
+    given.flags = flags + ["--full_determinism"] * given.cuda
     print(f"seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if given.model is None:
