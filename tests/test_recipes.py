@@ -1,0 +1,361 @@
+"""docs/recipes.md says what is true: bash reads its commands, they train, its numbers are Llama-2-7B's."""
+
+import dataclasses
+import inspect
+import json
+import math
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+import generate
+import train
+from qlora.adapter import ADAPTER, SETTINGS, add_adapter
+from qlora.checkpoint import STATE, STATE_TENSORS
+from qlora.config import GenerateConfig, TrainConfig, parse_args
+from qlora.model import load_tokenizer
+from tests.conftest import ROOT, ROWS
+
+RECIPES = ROOT / "docs" / "recipes.md"
+DEFAULTS = dataclasses.asdict(TrainConfig("any"))
+QUERY_VALUE = ["q_proj", "v_proj"]
+LLAMA_2_7B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    vocab_size=32000,
+    tie_word_embeddings=False,
+)
+
+# What each system asks for; the rest is the default.
+ASKED = {
+    "A": {
+        "model": "meta-llama/Llama-2-7b-hf", "dataset_text_field": "text", "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "dtype": "float16",
+        "lora_r": 64, "lora_alpha": 32, "lora_dropout": 0.05, "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 4, "packing": False, "learning_rate": 2e-4,
+        "lr_scheduler_type": "linear", "optim": "paged_adamw_8bit", "max_length": "512",
+        "num_train_epochs": 1, "max_steps": 10, "logging_steps": 10,
+    },
+    "B": {
+        "model": "NousResearch/Llama-2-7b-chat-hf", "dataset": ["mlabonne/guanaco-llama2-1k"],
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False,
+        "dtype": "float16", "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.1,
+        "lora_target_modules": QUERY_VALUE, "num_train_epochs": 10, "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 8, "learning_rate": 2e-4, "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.03, "max_grad_norm": 0.3, "weight_decay": 0.001, "optim": "paged_adamw_32bit",
+        "group_by_length": True, "packing": False, "max_length": "256",
+    },
+    "C": {
+        "model": "meta-llama/Llama-2-7b-hf", "dataset": ["timdettmers/openassistant-guanaco"],
+        "split": "train[:1000]", "validation_split": "test", "load_in_4bit": True, "lora_r": 16,
+        "lora_alpha": 16, "lora_dropout": 0.05, "lora_target_modules": QUERY_VALUE, "optim": "adamw_8bit",
+    },
+    "D": {"model": "meta-llama/Llama-2-7b-hf"},
+    "E": {
+        "model": "meta-llama/Llama-2-7b-hf", "dataset": ["iamtarun/python_code_instructions_18k_alpaca"],
+        "split": "train[:10000]", "validation_split": "0.05", "max_length": "p90", "lora_r": 4,
+        "lora_target_modules": ["all-linear"], "gradient_checkpointing": "auto", "dtype": "float16",
+        "optim": "paged_adamw_8bit", "max_grad_norm": 0.3, "lr_scheduler_type": "cosine",
+        "eval_steps": 25, "logging_steps": 10,
+    },
+}  # fmt: skip
+
+
+def plain_text(question: str, answer: str) -> dict:
+    return {"text": f"{question} {answer}"}
+
+
+def llama2(question: str, answer: str) -> dict:
+    return {"text": f"<s>[INST] {question} [/INST] {answer} </s>"}
+
+
+def guanaco(question: str, answer: str) -> dict:
+    return {"text": f"### Human: {question}### Assistant: {answer}"}
+
+
+def custom(question: str, answer: str) -> dict:
+    return {"prompt": question, "completion": answer}
+
+
+def alpaca(question: str, answer: str) -> dict:
+    return {"instruction": question, "input": "", "output": answer, "prompt": f"{question}\n{answer}"}
+
+
+# The rows that each system trains on, and the format that is to be recognised in them.
+DATA = {
+    "A": (plain_text, "text"),
+    "B": (llama2, "llama2"),
+    "C": (guanaco, "guanaco"),
+    "D": (custom, "prompt_completion"),
+    "E": (alpaca, "alpaca"),
+}
+
+
+@cache
+def sections() -> dict[str, str]:
+    """The text of each system, by its letter."""
+    return {text[0]: text for text in re.split(r"^## ", RECIPES.read_text(), flags=re.MULTILINE)[1:]}
+
+
+@cache
+def commands(system: str) -> list[list[str]]:
+    """The words of a system's commands as bash hands them over: loops run, variables and quotes resolved."""
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder, ".venv", "bin", "python")
+        python.parent.mkdir(parents=True)
+        python.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\necho\n")
+        python.chmod(0o755)
+        blocks = "".join(re.findall(r"```bash\n(.*?)```", sections()[system], re.DOTALL))
+        shell = subprocess.run(
+            ["bash", "-euc", blocks], cwd=folder, check=True, capture_output=True, text=True
+        )
+    return [line.removesuffix("\0").split("\0") for line in shell.stdout.splitlines()]
+
+
+def trainings(system: str) -> list[list[str]]:
+    return [
+        words[1:] for words in commands(system) if words[0] == "train.py" and "--data_report" not in words
+    ]
+
+
+def questions(system: str) -> list[list[str]]:
+    return [words[1:] for words in commands(system) if words[0] == "generate.py"]
+
+
+def settings(argv: list[str]) -> dict:
+    return dataclasses.asdict(parse_args(TrainConfig, argv))
+
+
+def lora_parameters(config: LlamaConfig, r: int, targets: list[str]) -> int:
+    """Elements of A (r x inputs) and B (outputs x r) of every adapted layer."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    keys = hidden // config.num_attention_heads * config.num_key_value_heads
+    ends = {
+        "q_proj": hidden + hidden,
+        "k_proj": hidden + keys,
+        "v_proj": hidden + keys,
+        "o_proj": hidden + hidden,
+        "gate_proj": hidden + inner,
+        "up_proj": hidden + inner,
+        "down_proj": inner + hidden,
+    }
+    adapted = ends if targets == ["all-linear"] else targets
+    return config.num_hidden_layers * r * sum(ends[name] for name in adapted)
+
+
+@pytest.fixture(scope="module")
+def data_of(tmp_path_factory):
+    """Folder of a system's rows, 36 of them as train and 6 as test."""
+
+    @cache
+    def data_of(system: str) -> str:
+        row, _ = DATA[system]
+        folder = tmp_path_factory.mktemp(f"rows-{system}")
+        lines = [json.dumps(row(pair["prompt"], pair["completion"])) + "\n" for pair in ROWS]
+        (folder / "train.jsonl").write_text("".join(lines[:36]))
+        (folder / "test.jsonl").write_text("".join(lines[36:]))
+        return str(folder)
+
+    return data_of
+
+
+@pytest.fixture(scope="module")
+def trained(base, data_of, tmp_path_factory):
+    """Train as a system's recipe says, on the tiny base; what the loop was told last is in `told`."""
+
+    @cache
+    def trained(system: str) -> SimpleNamespace:
+        folder, told = tmp_path_factory.mktemp(f"recipe-{system}") / "out", {}
+        changed = ["--model", base, "--dataset", data_of(system), "--output_dir", str(folder)]
+        if system != "A":  # which has its own number of steps
+            changed += ["--max_steps", "2"]
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("build_optimizer", "lr_at", "clip_grad_norm_"):
+                patch.setattr(train, name, telling(getattr(train, name), name, told))
+            train.train(parse_args(TrainConfig, [*trainings(system)[0], *changed]))
+        return SimpleNamespace(folder=folder, told=told)
+
+    return trained
+
+
+def telling(function, name: str, told: dict):
+    """The function, leaving in told[name] what it was last called with, by the names of its parameters."""
+
+    def call(*arguments, **options):
+        told[name] = inspect.signature(function).bind(*arguments, **options).arguments
+        return function(*arguments, **options)
+
+    return call
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_there_is_a_recipe_for_each_system():
+    assert list(sections()) == list(ASKED)
+    assert {system: (len(trainings(system)), len(questions(system))) for system in ASKED} == {
+        "A": (1, 0), "B": (1 + 12 + 4, 1), "C": (1, 1), "D": (1, 1), "E": (1, 0)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("system", ASKED)
+def test_every_command_parses(system):
+    for script, *argv in commands(system):
+        parse_args({"train.py": TrainConfig, "generate.py": GenerateConfig}[script], argv)
+
+
+@pytest.mark.parametrize("system", ASKED)
+def test_the_settings_are_those_of_the_system(system):
+    given = settings(trainings(system)[0])
+    free = {name: given[name] for name in ("dataset", "output_dir")}
+    assert given == DEFAULTS | free | ASKED[system]
+
+
+@pytest.mark.parametrize("system", ASKED)
+def test_the_adapter_is_what_the_recipe_says(system, trained, base):
+    wanted = DEFAULTS | ASKED[system]
+    folder = trained(system).folder
+    lora = json.loads((folder / "adapter_config.json").read_text())
+    assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"], lora["bias"]) == (
+        wanted["lora_r"], wanted["lora_alpha"], wanted["lora_dropout"], "none"
+    )  # fmt: skip
+    tensors = load_file(folder / ADAPTER)
+    linear = set(re.findall(r"\w+_proj", " ".join(tensors)))
+    targets = wanted["lora_target_modules"]
+    assert linear == set(targets) if targets != ["all-linear"] else len(linear) == 7
+    parameters = lora_parameters(AutoConfig.from_pretrained(base), wanted["lora_r"], targets)
+    assert sum(tensor.numel() for tensor in tensors.values()) == parameters
+    assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    kept = json.loads((folder / SETTINGS).read_text())
+    assert kept["dataset_format"] == DATA[system][1]
+    for name in ("dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+        assert kept[name] == wanted[name]
+
+
+@pytest.mark.parametrize("system", ASKED)
+def test_the_steps_are_what_the_recipe_says(system, trained):
+    wanted = DEFAULTS | ASKED[system]
+    run, steps = trained(system), ASKED[system].get("max_steps", 2)
+    optimizer = run.told["build_optimizer"]
+    assert (optimizer["name"], optimizer["weight_decay"]) == (wanted["optim"], wanted["weight_decay"])
+    rate = run.told["lr_at"]
+    assert (rate["peak"], rate["schedule"]) == (wanted["learning_rate"], wanted["lr_scheduler_type"])
+    assert rate["total_steps"] == steps
+    assert rate["warmup_steps"] == math.ceil(wanted["warmup_ratio"] * steps) == 1
+    assert run.told["clip_grad_norm_"]["max_norm"] == wanted["max_grad_norm"]
+
+    checkpoint = run.folder / f"checkpoint-{steps}"
+    moment = load_file(checkpoint / STATE_TENSORS)["optimizer/state1"]
+    assert moment.dtype == (torch.uint8 if "8bit" in wanted["optim"] else torch.float32)
+    then = json.loads((checkpoint / STATE).read_text())["fingerprint"]
+    batch = wanted["per_device_train_batch_size"] * wanted["gradient_accumulation_steps"]
+    assert then["packs_per_step"] == batch
+    assert (then["pack_length"] is not None) == wanted["packing"]
+    assert then["group_by_length"] == wanted["group_by_length"]
+
+
+@pytest.mark.parametrize("system", ASKED)
+def test_the_losses_are_finite(system, trained):
+    lines = metrics(trained(system).folder)
+    assert all(math.isfinite(line["loss"]) for line in lines if "eval_loss" not in line)
+    evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert len(evaluated) == ("validation_split" in ASKED[system])
+    assert all(math.isfinite(loss) for loss in evaluated)
+
+
+def test_ten_steps_win_over_one_epoch_in_a(trained):
+    (line,) = metrics(trained("A").folder)
+    assert line["step"] == 10
+    assert line["epoch"] == 5  # 36 rows: a step of 32 and one of 4
+
+
+@pytest.mark.parametrize("system", [system for system in ASKED if questions(system)])
+def test_the_result_answers(system, trained, base, capsys, monkeypatch):
+    told = {}
+    monkeypatch.setattr(generate, "generate", telling(generate.generate, "generate", told))
+    (argv,) = questions(system)
+    asked = parse_args(GenerateConfig, argv)
+    assert asked.adapter == settings(trainings(system)[0])["output_dir"]
+    assert asked.model == ASKED[system]["model"]
+    changed = ["--model", base, "--adapter", str(trained(system).folder)]
+    if system != "B":  # the tiny base has a context of 256 tokens
+        changed += ["--max_new_tokens", "8"]
+    capsys.readouterr()
+    generate.main(generate.flags([*argv, *changed]))
+    assert capsys.readouterr().out.strip()
+    if system == "B":
+        assert told["generate"]["options"]["max_new_tokens"] == 200
+        (prompt,) = told["generate"]["prompts"]
+        assert load_tokenizer(base).decode(prompt) == "<s> [INST] What is a large language model? [/INST]"
+
+
+def test_the_data_report_of_e_draws_the_lengths(base, data_of, tmp_path, capsys):
+    (argv,) = [words[1:] for words in commands("E") if "--data_report" in words]
+    report, training = settings(argv), settings(trainings("E")[0])
+    assert all(report[name] == training[name] for name in ("model", "dataset", "split", "max_length"))
+    with pytest.raises(SystemExit) as end:
+        train.main([*argv, "--model", base, "--dataset", data_of("E"), "--output_dir", str(tmp_path)])
+    assert end.value.code == 0
+    assert sum(json.loads(capsys.readouterr().out)["train"]["histogram"]["rows"]) == 36
+    assert (tmp_path / "data_report.png").exists()
+
+
+def test_the_loops_of_b_change_what_they_compare_and_nothing_else():
+    plain, *others = map(settings, trainings("B"))
+    sweep, schemes = others[:12], others[12:]
+    assert len({run["output_dir"] for run in others}) == 16
+    varied = {"lora_r lora_target_modules": sweep, "bnb_4bit_quant_type bnb_4bit_use_double_quant": schemes}
+    for names, runs in varied.items():
+        assert len({str([run[name] for name in names.split()]) for run in runs}) == len(runs)
+        for run in runs:
+            changed = {name for name in run if run[name] != plain[name]}
+            assert changed <= {*names.split(), "validation_split", "output_dir"}
+
+
+@pytest.mark.parametrize("system", ASKED)
+def test_the_stated_number_of_trained_parameters_is_that_of_llama_2_7b(system):
+    (stated,) = re.findall(r"([\d,]+)\strained\sparameters\s\(([\d.]+%)\)", sections()[system])
+    asked = settings(trainings(system)[0])
+    with torch.device("meta"):
+        model = add_adapter(
+            LlamaForCausalLM(LLAMA_2_7B), asked["lora_r"], asked["lora_alpha"], asked["lora_dropout"],
+            asked["lora_target_modules"], asked["use_rslora"], asked["use_dora"],
+        )  # fmt: skip
+    trained, total = model.get_nb_trainable_parameters()
+    assert total - trained == 6_738_415_616
+    assert trained == lora_parameters(LLAMA_2_7B, asked["lora_r"], asked["lora_target_modules"])
+    assert stated == (f"{trained:,}", f"{trained / total:.3%}")
+
+
+def test_the_table_of_b_has_the_parameters_of_every_run():
+    table = re.findall(r"^\| (.+) \|$", sections()["B"], re.MULTILINE)
+    (_, *ranks), *rows = (line.split(" | ") for line in table)
+    stated = {
+        (targets.strip("`"), int(rank.removeprefix("r="))): int(number.replace(",", ""))
+        for targets, *numbers in rows
+        for rank, number in zip(ranks, numbers, strict=True)
+    }
+    runs = [settings(argv) for argv in trainings("B")[1:13]]
+    assert stated == {
+        (" ".join(run["lora_target_modules"]), run["lora_r"]): lora_parameters(
+            LLAMA_2_7B, run["lora_r"], run["lora_target_modules"]
+        )
+        for run in runs
+    }
+
+
+def test_every_named_file_exists():
+    for target in re.findall(r"\]\(([\w/.]+)(?:#\w+)?\)", RECIPES.read_text()):
+        assert (RECIPES.parent / target).exists(), target
