@@ -19,6 +19,7 @@ from qlora.errors import InputError
 
 MANIFEST = "manifest.json"
 STAGED = ".tmp"  # ends the name of whatever is not complete, or no longer wanted
+STAGED_NAMES = r"(checkpoint-\d+(\.old)?|adapter|metrics\.jsonl|train_config\.json|\w+\.png)"
 _UMASK = os.umask(0)  # can only be read by setting it
 os.umask(_UMASK)
 
@@ -53,7 +54,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed run had begun to write or to delete."""
     for path in folder.glob(f"*{STAGED}"):
-        if re.fullmatch(rf"(checkpoint-\d+(\.old)?|adapter|metrics\.jsonl){STAGED}", path.name):
+        if re.fullmatch(rf"{STAGED_NAMES}{STAGED}", path.name):
             with suppress(OSError):  # whatever holds it, a run can do without its room
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -81,10 +82,20 @@ def staged(path: Path) -> Iterator[Path]:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file that has its old content until it has all of the new one, also after a power cut."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """replace_file() for what is not text. What could not be written whole leaves nothing behind."""
     staging = _staging(path)
-    staging.write_text(text, encoding="utf-8")
-    _sync(staging)
-    os.replace(staging, path)
+    try:
+        staging.write_bytes(content)
+        _sync(staging)
+        os.replace(staging, path)
+    except BaseException:
+        with suppress(OSError):
+            staging.unlink()
+        raise
     _sync(path.parent)
 
 

@@ -1,17 +1,24 @@
-"""What a run says: the start screen, the progress bar, metrics.jsonl, and wandb, which can never stop it."""
+"""What a run says: the start screen, the progress bar, metrics.jsonl, and wandb, which can never stop it.
 
+Several runs side by side, as a table and a picture: python -m qlora.log outputs/a outputs/b
+"""
+
+import argparse
 import json
 import math
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from qlora.errors import first_line
+from qlora.errors import InputError, first_line
 from qlora.files import replace_file
+from qlora.pictures import compare, save_lengths, save_loss
+from qlora.runs import FLAGS, compare_table, read_runs
 
 
 class RunLog:
@@ -41,6 +48,18 @@ class RunLog:
             except OSError as error:
                 self._lost(error)
 
+    def describe(self, flags: dict, report: dict) -> None:
+        """Keep beside metrics.jsonl what was trained: the flags, and a picture of the rows' lengths."""
+        self._try(lambda: replace_file(self.path.with_name(FLAGS), json.dumps(flags, indent=2) + "\n"))
+        self._try(lambda: save_lengths(report, self.path.with_name("lengths.png")))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """Write what a training can do without."""
+        try:
+            write()
+        except Exception as error:  # pictures can fail in many ways
+            self.say(f"{self.path.parent} lacks a picture or its flags ({first_line(error)})")
+
     def step_done(self) -> None:
         self._show(self.bar.update)
 
@@ -55,11 +74,16 @@ class RunLog:
         )
         self._write(values)
 
-    def evaluation(self, eval_loss: float, **position: float) -> None:
-        """Log a validation line with the perplexity, and print it above the bar."""
+    def evaluation(self, eval_loss: float, samples: list[dict] | None = None, **position: float) -> None:
+        """Log a validation line with the perplexity, print it above the bar, and draw the losses so far."""
         perplexity = math.exp(eval_loss) if eval_loss < 700 else math.inf
         self.say(f"step {position['step']}: validation loss {eval_loss:.4f}, perplexity {perplexity:.3f}")
-        self._write(position | {"eval_loss": eval_loss, "eval_perplexity": perplexity})
+        values = position | {"eval_loss": eval_loss, "eval_perplexity": perplexity}
+        if samples:
+            self.say(side_by_side(samples))
+            values["samples"] = samples
+        self._write(values)
+        self._try(lambda: save_loss(self.path.parent))
 
     def _write(self, values: dict[str, float]) -> None:
         """Append a line; numbers that JSON does not know (inf, nan) become null."""
@@ -102,6 +126,7 @@ class RunLog:
                 self.file.close()
             except OSError as error:  # a line was still waiting for room
                 self._lost(error)
+            self._try(lambda: save_loss(self.path.parent))
         if self.tracker is not None:
             self.tracker.finish()
 
@@ -117,7 +142,7 @@ class Wandb:
 
     def log(self, values: dict) -> None:
         if self.run is not None:
-            self._guard("log", self.run.log, values, values["step"])
+            self._guard("log", _log_wandb, self.run, values)
 
     def finish(self) -> None:
         if self.run is not None:
@@ -163,6 +188,16 @@ def _start_wandb(id_file: Path, name: str, config: dict, is_resumed: bool, secon
     return run
 
 
+def _log_wandb(run, values: dict) -> None:
+    import wandb
+
+    if "samples" in values:
+        columns = ["prompt", "base", "tuned"]
+        rows = [[sample[name] for name in columns] for sample in values["samples"]]
+        values = values | {"samples": wandb.Table(columns=columns, data=rows)}
+    run.log(values, values["step"])
+
+
 def _keep_until(path: Path, step: int, evaluates_again: bool) -> None:
     """Drop the lines that a run that is resumed after `step` writes again."""
     if not path.exists():
@@ -179,6 +214,49 @@ def _keep_until(path: Path, step: int, evaluates_again: bool) -> None:
     replace_file(path, "".join(kept))
 
 
+def side_by_side(samples: list[dict]) -> str:
+    """Each prompt, and below it the two answers."""
+    return "\n".join(
+        f"--- {sample['prompt']}\n base: {sample['base'].strip()}\ntuned: {sample['tuned'].strip()}"
+        for sample in samples
+    )
+
+
 def start_screen(**facts: str) -> str:
     """The facts of a run, one a line."""
     return "\n".join(f"{name:<10}  {value}" for name, value in facts.items())
+
+
+def compare_runs(folders: list[Path], output: Path) -> None:
+    """Print a table over the runs and draw their losses; raises InputError for bad folders and names."""
+    if output.suffix != ".png":
+        raise InputError(f"--output {output}: the picture is a PNG, its name has to end in .png")
+    runs = read_runs(folders)
+    print(compare_table(runs))
+    try:
+        compare(runs, output)
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written: {error.strerror}") from error
+    print(f"the losses over the steps: {output}")
+
+
+def comparison_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m qlora.log", description="Compare runs.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="The --output_dir of a run.")
+    parser.add_argument(
+        "--output", type=Path, default="compare.png", help="The picture. (default: %(default)s)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; exit code 1 for what the message says, 2 for wrong usage."""
+    arguments = comparison_parser().parse_args(argv)
+    try:
+        compare_runs(arguments.runs, arguments.output)
+    except InputError as error:
+        sys.exit(f"qlora.log: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

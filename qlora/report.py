@@ -9,6 +9,7 @@ import numpy as np
 
 from qlora.data import PAD_MULTIPLE, StepOrder, load_data
 from qlora.errors import InputError
+from qlora.pictures import save_lengths
 from qlora.prompts import IGNORE_INDEX
 from qlora.tokens import TokenizedRows
 
@@ -34,7 +35,7 @@ def report_data(config) -> int:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
-            save_histogram(report, folder / "data_report.png")
+            save_lengths(report, folder / "data_report.png")
         except OSError as error:
             raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
         print(json.dumps(report, indent=2))
@@ -211,24 +212,6 @@ def _bars(histogram: dict) -> list[str]:
         f"  {low:>7,} to {high:>7,} tokens  {'#' * -(-40 * rows // most):<40} {rows:,}"
         for low, high, rows in zip(edges, edges[1:], histogram["rows"])
     ]
-
-
-def save_histogram(report: dict, path: Path) -> None:
-    """The histogram of the lengths as a picture, with --max_length as a line."""
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name in ("train", "validation"):
-        if name in report:
-            histogram = report[name]["histogram"]
-            axes.stairs(histogram["rows"], histogram["edges"], label=name, fill=name == "train", alpha=0.8)
-    axes.axvline(
-        report["max_length"], color="black", linestyle="--", label=f"--max_length {report['max_length']}"
-    )
-    axes.set(xlabel="tokens in a row", ylabel="rows", title="Lengths of the rows")
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def show_rows(rows: TokenizedRows, tokenizer, count: int, in_colour: bool) -> str:
