@@ -14,30 +14,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from qlora.adapter import SETTINGS, check_adapter, check_base, load_adapter, load_settings
-from qlora.config import GenerateConfig, parse_args
+from qlora.adapter import check_base, load_adapter, parse_for_adapter
+from qlora.config import GenerateConfig
 from qlora.errors import InputError
 from qlora.fingerprint import base_fingerprint
-from qlora.generation import PromptWriter, generate
+from qlora.generation import PromptWriter, generate, read_prompts
 from qlora.model import load_base, load_config, load_tokenizer
-from qlora.rows import read_rows
-
-
-def flags(argv: list[str] | None = None) -> GenerateConfig:
-    """The command line; what it leaves open is as the adapter was trained."""
-    config = parse_args(GenerateConfig, argv)
-    if not config.adapter:
-        return config
-    check_adapter(config.adapter)
-    settings = load_settings(config.adapter)
-    if not settings:
-        unknown = f"{config.adapter} has no {SETTINGS}: prompts are plain text, or as flags say"
-        print(unknown, file=sys.stderr)
-        return config
-    config = parse_args(GenerateConfig, argv, defaults=settings)
-    if config.dataset_format == "auto":
-        config.dataset_format = settings["dataset_format"]
-    return config
 
 
 def main(config: GenerateConfig) -> None:
@@ -63,12 +45,10 @@ def main(config: GenerateConfig) -> None:
             raise InputError(f"--output_file {output_file} would overwrite the prompts")
         if output_file.is_dir() or not output_file.parent.is_dir():
             raise InputError(f"--output_file {output_file} must be a file in a folder that is there")
-        prompts = []
-        for where, row in read_rows(config.prompts_file, "train"):
-            row = {"prompt": row["text"]} if prompts_file.suffix.lower() == ".txt" else row
+        prompts = read_prompts(config.prompts_file, writer)
+        for where, row, _ in prompts:
             if "answer" in row:
                 raise InputError(f"{where} has a column 'answer', which its answer would replace: rename it")
-            prompts.append((row, writer.row(row, where)))
     elif config.prompt is not None:
         prompt = writer.chat([{"role": "user", "content": config.prompt}])
 
@@ -98,7 +78,7 @@ def main(config: GenerateConfig) -> None:
 
 
 def answer_file(
-    prompts: list[tuple[dict, list[int]]], output_file: Path, config: GenerateConfig, answer: Callable
+    prompts: list[tuple[str, dict, list[int]]], output_file: Path, config: GenerateConfig, answer: Callable
 ) -> None:
     """Write each row with its `answer` to the output file, batch by batch in the rows' order."""
     try:
@@ -108,10 +88,10 @@ def answer_file(
     with file, tqdm(total=len(prompts), unit="prompt") as bar:
         for start in range(0, len(prompts), config.batch_size):
             batch = prompts[start : start + config.batch_size]
-            answers = answer([ids for _, ids in batch], seed=config.seed + start)
+            answers = answer([ids for _, _, ids in batch], seed=config.seed + start)
             lines = [
                 json.dumps({**row, "answer": text.strip()}, ensure_ascii=False, default=str) + "\n"
-                for (row, _), text in zip(batch, answers, strict=True)
+                for (_, row, _), text in zip(batch, answers, strict=True)
             ]
             try:
                 file.write("".join(lines))
@@ -159,6 +139,6 @@ def console(tokenizer) -> transformers.TextStreamer:
 
 if __name__ == "__main__":
     try:
-        main(flags())
+        main(parse_for_adapter(GenerateConfig))
     except InputError as error:
         sys.exit(f"generate.py: error: {error}")

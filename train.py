@@ -44,9 +44,10 @@ from qlora.checkpoint import (
 from qlora.config import TrainConfig, parse_args
 from qlora.data import WINDOW_ROWS, load_data, to_device
 from qlora.errors import InputError, first_line
-from qlora.evaluate import eval_batches, evaluate_loss
 from qlora.files import check_space, damage, lock_folder, remove_leftovers
 from qlora.fingerprint import base_fingerprint, refuse_changes, rows_fingerprint, tokenizer_fingerprint
+from qlora.generation import PromptWriter
+from qlora.hub import check_hub, model_card, push
 from qlora.layers import decoder_layers
 from qlora.loader import make_loader, make_order
 from qlora.log import RunLog, Wandb, start_screen
@@ -57,7 +58,9 @@ from qlora.nf4 import fuse_linears
 from qlora.optim import FlatParameters, build_optimizer, lr_at
 from qlora.progress import Progress
 from qlora.report import data_report, report_data, short_report
+from qlora.samples import read_samples
 from qlora.stop import Rescue, Stop
+from qlora.validation import eval_batches, evaluate_loss
 
 
 def train(config: TrainConfig):
@@ -68,6 +71,8 @@ def train(config: TrainConfig):
     stop = Stop(config.max_hours and time.monotonic() + 3600 * config.max_hours)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_device_flags(config, device)
+    if config.push_to_hub:
+        check_hub(hub_name(config))
     if config.plan_only:
         return run(config, device, stop, None)
     output_dir = Path(config.output_dir)
@@ -99,6 +104,12 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     tokenizer, model_config, train_rows, validation_rows = load_data(config)
     fingerprint |= {"tokenizer": tokenizer_fingerprint(tokenizer), "data": rows_fingerprint(train_rows)}
     same()
+    samples = None
+    if config.sample_prompts:
+        context = getattr(model_config, "max_position_embeddings", math.inf)
+        room = context - config.sample_max_new_tokens
+        writer = PromptWriter(tokenizer, train_rows.row_format, config.dataset_text_field, room)
+        samples = read_samples(config.sample_prompts, writer, config.sample_max_new_tokens)
     pad_id = tokenizer.eos_token_id  # padding is told apart by position, never by its id, so any id serves
     batch = config.per_device_train_batch_size, config.gradient_accumulation_steps
     report = data_report(train_rows, validation_rows, *batch, config.seed)
@@ -182,7 +193,7 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
         progress.best_loss = progress.best_step = None  # of other rows, or of a run in another folder
     progress.validation, kept_best = validation, (progress.best_loss, progress.best_step)
 
-    settings = kept_settings(config, train_rows.row_format, fingerprint["base"])
+    settings = kept_settings(config, train_rows.row_format, train_rows.max_length, fingerprint["base"])
     print(describe_run(config, model, loader, total_steps, checkpoint, replaced))
     tracker = None
     if config.report_to == "wandb":
@@ -202,7 +213,8 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
         if eval_loss is None:
             return False
         progress.owes_evaluation = False
-        log.evaluation(**position(), eval_loss=eval_loss)
+        answers = samples.ask(model, autocast, stop) if samples else None
+        log.evaluation(eval_loss, answers, **position())
         return config.load_best_model_at_end and progress.is_best(eval_loss)
 
     def save() -> bool:
@@ -264,6 +276,7 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
             if step == first_step:
                 replace_later(output_dir, first_step)  # only now: nothing given can be wrong any more
                 log.begin()
+                log.describe(dataclasses.asdict(config), report)
             # One bad row or an overflow must not reach the weights, nor the optimizer's averages.
             is_finite = math.isfinite(step_loss) and math.isfinite(grad_norm)
             if is_finite:
@@ -304,7 +317,8 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     if config.load_best_model_at_end and progress.best_step not in (None, progress.step):
         take_best(output_dir, model, progress)
     try:
-        save_final_adapter(output_dir, model, tokenizer, settings)
+        card = model_card(hub_name(config), config.model, output_dir, is_merged=False)
+        save_final_adapter(output_dir, model, tokenizer, settings, card)
     except Exception as error:
         raise InputError(
             f"the adapter could not be saved in {output_dir} ({first_line(error)}): put that right, and "
@@ -316,6 +330,8 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     ask = ["generate.py", "--model", config.model, "--adapter", config.output_dir]
     ask += ["--trust_remote_code"] * config.trust_remote_code
     log.say(f'adapter saved in {output_dir}; ask it: python {shlex.join(ask)} --prompt "..."')
+    if config.push_to_hub:
+        log.say(f"uploaded to {push(output_dir, hub_name(config), config.hub_private_repo)}")
     return model
 
 
@@ -327,6 +343,11 @@ def check_device_flags(config: TrainConfig, device: torch.device) -> None:
         given["cuda_graphs"] = config.cuda_graphs
         for name in (name for name, is_given in given.items() if is_given):
             raise InputError(f"--{name} needs a CUDA device, and there is none here")
+
+
+def hub_name(config: TrainConfig) -> str:
+    """The repository that the adapter goes to, if it goes anywhere."""
+    return config.hub_model_id or Path(config.output_dir).resolve().name
 
 
 def make_output_dir(output_dir: Path) -> None:

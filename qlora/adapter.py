@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 
+from qlora.config import parse_args
 from qlora.errors import InputError, first_line
 from qlora.files import make_durable, staged
 
@@ -19,11 +21,12 @@ ADAPTER = "adapter_model.safetensors"
 SETTINGS = "generate_defaults.json"
 BASE = "base_fingerprint"  # its name among the settings
 
-# Flags that generate.py has too and that must be as they were in training, or the answers get worse.
+# Flags that must be as they were in training, or answers get worse and losses others.
 KEPT_FLAGS = (
     "dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "dataset_format",
     "dataset_text_field",
 )  # fmt: skip
+KEPT_FOR_EVALUATION = "completion_only_loss", "max_length"
 
 
 def add_adapter(
@@ -123,10 +126,12 @@ def save_adapter(folder: Path, model, tokenizer, settings: dict) -> None:
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def save_final_adapter(output_dir: Path, model, tokenizer, settings: dict) -> None:
-    """Save the adapter straight into `output_dir`, each file replaced as a whole, the weights last."""
+def save_final_adapter(output_dir: Path, model, tokenizer, settings: dict, card: str) -> None:
+    """Save the adapter and its model card straight into `output_dir`, each file replaced as a whole, the
+    weights last."""
     with staged(output_dir / "adapter") as staging:
         save_adapter(staging, model, tokenizer, settings)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         make_durable(staging)
     (output_dir / "chat_template.jinja").unlink(missing_ok=True)  # an earlier run's would outlive it
     shutil.rmtree(output_dir / "additional_chat_templates", ignore_errors=True)
@@ -135,18 +140,39 @@ def save_final_adapter(output_dir: Path, model, tokenizer, settings: dict) -> No
     staging.rmdir()
 
 
-def kept_settings(config, row_format: str, base: str) -> dict:
-    """The settings of a training that generate.py takes over, with the row format that was recognised, and
-    the fingerprint of the base."""
-    kept = {name: getattr(config, name) for name in KEPT_FLAGS}
-    return kept | {"dataset_format": row_format, BASE: base}
+def kept_settings(config, row_format: str, max_length: int, base: str) -> dict:
+    """The settings of a training that later commands take over, with the row format that was recognised, the
+    length that was chosen, and the fingerprint of the base."""
+    kept = {name: getattr(config, name) for name in KEPT_FLAGS + KEPT_FOR_EVALUATION}
+    return kept | {"dataset_format": row_format, "max_length": max_length, BASE: base}
 
 
 def load_settings(adapter: str) -> dict:
     """The flags that kept_settings gave when the adapter was saved; {} if other code trained it. Raises
     InputError."""
     settings = _settings(adapter)
-    return {name: settings[name] for name in KEPT_FLAGS} if settings else {}
+    return {name: settings[name] for name in KEPT_FLAGS + KEPT_FOR_EVALUATION if name in settings}
+
+
+def parse_for_adapter(config_class, argv: list[str] | None = None, program: str | None = None):
+    """The command line of a `config_class` with --adapter; what it leaves open is as the adapter was trained.
+
+    Raises InputError if there is no such adapter.
+    """
+    config = parse_args(config_class, argv, program=program)
+    if not config.adapter:
+        return config
+    check_adapter(config.adapter)
+    settings = load_settings(config.adapter)
+    if not settings:
+        unknown = f"{config.adapter} has no {SETTINGS}: prompts are plain text, or as flags say"
+        print(unknown, file=sys.stderr)
+        return config
+    settings = {name: value for name, value in settings.items() if hasattr(config, name)}
+    config = parse_args(config_class, argv, defaults=settings, program=program)
+    if getattr(config, "dataset_format", None) == "auto":
+        config.dataset_format = settings["dataset_format"]
+    return config
 
 
 def check_base(adapter: str, base: str, flag: str) -> None:

@@ -35,6 +35,7 @@ FREE_FLAGS = """
     gradient_checkpointing offload_activations memory_limit_gb plan_only compile cuda_graphs fused_4bit
     full_determinism per_device_eval_batch_size eval_steps logging_steps report_to run_name
     save_steps save_total_limit load_best_model_at_end metric_for_best_model
+    sample_prompts sample_max_new_tokens push_to_hub hub_model_id hub_private_repo
     max_skipped_steps max_hours resume_from_checkpoint allow_changes
 """.split()
 # Compared in their place: content, what batch sizes and packing come to, the adapter's own LoRA settings.
@@ -266,6 +267,19 @@ class TrainConfig:
         "one.",
     )
     metric_for_best_model: Literal["eval_loss"] = flag("eval_loss", "What is best: the lowest of this.")
+    sample_prompts: str | None = flag(
+        None,
+        "At every evaluation, answer the rows of this file (as generate.py's --prompts_file) without and "
+        "with the adapter; the answers go to metrics.jsonl and the tracker.",
+    )
+    sample_max_new_tokens: int = flag(64, "Longest answer to --sample_prompts in tokens.")
+    push_to_hub: bool = flag(
+        False, "Upload the adapter with its model card to the Hugging Face hub at the end of the run."
+    )
+    hub_model_id: str | None = flag(
+        None, "Repository for --push_to_hub: name or you/name. Default: the output folder's name."
+    )
+    hub_private_repo: bool = flag(False, "Create that repository as a private one.")
     max_hours: float | None = flag(
         None,
         "After so many hours, save a checkpoint at the next step boundary and end with exit code 124. Give "
@@ -291,7 +305,8 @@ class TrainConfig:
         _require(
             self,
             "lora_r per_device_train_batch_size gradient_accumulation_steps "
-            "per_device_eval_batch_size eval_steps logging_steps save_steps max_skipped_steps",
+            "per_device_eval_batch_size eval_steps logging_steps save_steps max_skipped_steps "
+            "sample_max_new_tokens",
             lambda value: value >= 1,
             "at least 1",
         )
@@ -371,11 +386,7 @@ class TrainConfig:
     @property
     def held_out(self) -> float | None:
         """--validation_split as an amount (below 1 a share, else rows), or None if it names a split."""
-        text = self.validation_split or ""
-        try:
-            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        except ValueError:
-            return None
+        return _amount(self.validation_split or "")
 
     def check_given(self, given: set[str]) -> None:
         """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
@@ -394,13 +405,18 @@ class TrainConfig:
         if not (self.validation_split or self.validation_dataset):
             _refuse(
                 given,
-                "eval_steps per_device_eval_batch_size load_best_model_at_end metric_for_best_model",
+                "eval_steps per_device_eval_batch_size load_best_model_at_end metric_for_best_model "
+                "sample_prompts",
                 "needs --validation_split or --validation_dataset",
             )
         if self.cuda_graphs and not self.packing:
             raise ValueError("--cuda_graphs needs packed rows: padded batches have many shapes")
         if self.packing and self.group_by_length:
             raise ValueError("--group_by_length needs --no_packing: packed rows need no padding")
+        if not self.sample_prompts:
+            _refuse(given, "sample_max_new_tokens", "needs --sample_prompts")
+        if not self.push_to_hub:
+            _refuse(given, "hub_model_id hub_private_repo", "needs --push_to_hub")
         if self.report_to == "none":
             _refuse(given, "run_name", "needs --report_to wandb")
         if self.allow_changes and not (self.resume_from_checkpoint or self.adapter):
@@ -408,14 +424,15 @@ class TrainConfig:
 
 
 @dataclass
-class GenerateConfig:
-    # Model
+class AdaptedModel:
+    """The flags of commands that put a trained adapter on its base."""
+
     model: str = dataclasses.field(
         metadata={
             "help": "Base model: a Hugging Face hub id or a local folder, the one the adapter was trained on."
         }
     )
-    adapter: str | None = flag(None, "LoRA adapter folder (or hub id). Without it the base answers.")
+    adapter: str | None = flag(None, "LoRA adapter folder (or hub id). Without it: the base alone.")
     dtype: Literal["float16", "bfloat16", "float32"] = flag(
         "float16", "Compute type. This and the next three: as in the training, where the adapter says it."
     )
@@ -424,9 +441,12 @@ class GenerateConfig:
     bnb_4bit_use_double_quant: bool = flag(True, "Quantize the block constants too.")
     trust_remote_code: bool = flag(False, "Let the model repository run its own Python code. Off for safety.")
     allow_other_base: bool = flag(
-        False, "Answer although the adapter was trained on another base than --model, as far as one can tell."
+        False, "Go on although the adapter was trained on another base than --model, as far as one can tell."
     )
 
+
+@dataclass
+class GenerateConfig(AdaptedModel):
     # Prompts
     prompt: str | None = flag(
         None, "Answer this prompt. Without --prompt and --prompts_file: an interactive chat."
@@ -498,7 +518,164 @@ class GenerateConfig:
             _refuse(given, "batch_size", "needs --prompts_file")
 
 
-def parse_args(config_class, argv: list[str] | None = None, defaults: dict | None = None):
+@dataclass
+class EvaluateConfig(AdaptedModel):
+    model: str | None = flag(None, "Base model: the one the adapter was trained on, or any.")
+
+    # Loss
+    dataset: str | None = flag(
+        None, "Rows to take the loss over: a hub id, a file (json, jsonl, csv, parquet, txt) or a folder."
+    )
+    dataset_config: str | None = flag(None, "Configuration name of a hub data set that has several.")
+    split: str = flag("train", "Split of --dataset.")
+    validation_split: str | None = flag(
+        None,
+        "Of --dataset only the rows that train.py held out with the same --validation_split and --seed: a "
+        "share (0.05, 5%%) or a number of rows.",
+    )
+    seed: int = flag(42, "The training's seed, for --validation_split.")
+    dataset_format: Literal[
+        "auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"
+    ] = flag("auto", "Row format. This and the next three: as in the training, where the adapter says it.")
+    dataset_text_field: str = flag("text", "Name of the column that holds the text of text rows.")
+    completion_only_loss: bool = flag(True, "Count the loss on answers only.")
+    max_length: str = flag("max", "Longest row in tokens: a number, a percentile (p90), or max.")
+    per_device_eval_batch_size: int = flag(8, "Rows in one forward pass.")
+    general_dataset: str | None = flag(
+        None,
+        "Forgetting: a general text that has nothing to do with the training, as hub id, file or folder with "
+        "a text column. What the loss on it rises by, the adapter has forgotten.",
+    )
+    general_dataset_config: str | None = flag(None, "Configuration name of a hub data set that has several.")
+    general_split: str = flag("train", "Split of --general_dataset.")
+
+    # Answers
+    prompts_file: str | None = flag(
+        None,
+        "Answer every row of this file (or hub id), which has the reference answers too, and score the "
+        "answers.",
+    )
+    prompts_split: str = flag(
+        "train", "Split of --prompts_file; slices such as train[:100] work for files too."
+    )
+    code: bool = flag(
+        False,
+        "The answers are Python: also CodeBLEU (arXiv 2009.10297) with its four parts, and the share that "
+        "parses.",
+    )
+    samples: int = flag(
+        0, "Print the answers of base and tuned model to the first N rows of --prompts_file side by side."
+    )
+    max_new_tokens: int = flag(256, "Longest answer in tokens.")
+    batch_size: int = flag(8, "Prompts answered at once.")
+
+    quantization: str | None = flag(
+        None,
+        "Instead of all this: what quantizing this model (hub id or folder) to 4 bits does to each layer.",
+    )
+    output_file: str | None = flag(
+        None, "Where everything goes as JSON. Default: evaluation.json in the adapter's folder, or here."
+    )
+
+    def __post_init__(self):
+        _require_text(self)
+        _require(
+            self,
+            "per_device_eval_batch_size batch_size max_new_tokens",
+            lambda value: value >= 1,
+            "at least 1",
+        )
+        _require(self, "samples", lambda value: value >= 0, "0 or more")
+        _require(self, "seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
+        _require_max_length(self.max_length)
+        _require_split("split", self.split)
+        _require_split("general_split", self.general_split)
+        _require_split("prompts_split", self.prompts_split)
+        amount = self.held_out
+        if self.validation_split and (amount is None or amount <= 0):
+            raise ValueError(
+                f"--validation_split must be a share or a number of rows, not {self.validation_split}"
+            )
+        work = self.dataset or self.general_dataset or self.prompts_file
+        if not self.quantization and not (self.model and work):
+            raise ValueError(
+                "nothing to do: give --model with --dataset, --general_dataset or --prompts_file, or give "
+                "--quantization"
+            )
+
+    def check_given(self, given: set[str]) -> None:
+        """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
+        if self.quantization:
+            others = given - {"quantization", "trust_remote_code", "output_file"}
+            _refuse(given, " ".join(sorted(others)), "means nothing with --quantization")
+        if not self.load_in_4bit:
+            names = "bnb_4bit_quant_type bnb_4bit_use_double_quant"
+            _refuse(given, names, "means nothing with --no_load_in_4bit")
+        if not self.dataset:
+            _refuse(given, "dataset_config split validation_split", "needs --dataset")
+        if not self.validation_split:
+            _refuse(given, "seed", "needs --validation_split")
+        if not self.general_dataset:
+            _refuse(given, "general_dataset_config general_split", "needs --general_dataset")
+        if not self.prompts_file:
+            _refuse(given, "prompts_split code samples max_new_tokens batch_size", "needs --prompts_file")
+
+    @property
+    def held_out(self) -> float | None:
+        """--validation_split as an amount: below 1 a share, else rows."""
+        return _amount(self.validation_split or "")
+
+
+@dataclass
+class MergeConfig(AdaptedModel):
+    output_dir: str = flag("merged", "Folder for the merged model; new, or empty.")
+    base: Literal["dequantized", "original"] = flag(
+        "dequantized",
+        "What the adapter is added to: the 4-bit weights as 16-bit ones, on which it was trained, or the "
+        "weights as they were before they were quantized, which answer a little differently.",
+    )
+    max_kl: float = flag(
+        0.01,
+        "Refuse a merged model that differs by more than this from the adapter on its base: KL divergence in "
+        "nats a token, mean over the rows compared.",
+    )
+    dataset: str | None = flag(
+        None,
+        "Rows to compare on: a hub id, file or folder; the first 2,048 tokens count. Default: a short text "
+        "that comes along.",
+    )
+    split: str = flag("train", "Split of --dataset.")
+    dataset_format: Literal[
+        "auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"
+    ] = flag("auto", "Row format of --dataset; as in the training, where the adapter says it.")
+    dataset_text_field: str = flag("text", "Name of the column that holds the text of text rows.")
+    push_to_hub: bool = flag(False, "Upload the merged model with its model card to the Hugging Face hub.")
+    hub_model_id: str | None = flag(
+        None, "Repository for --push_to_hub: name or you/name. Default: the output folder's name."
+    )
+    hub_private_repo: bool = flag(False, "Create that repository as a private one.")
+
+    def __post_init__(self):
+        _require_text(self)
+        _require(self, "max_kl", lambda value: value >= 0, "0 or more")
+        _require_split("split", self.split)
+        if not self.adapter:
+            raise ValueError("--adapter is missing: what is to be merged into --model?")
+
+    def check_given(self, given: set[str]) -> None:
+        """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
+        if not self.load_in_4bit:
+            names = "bnb_4bit_quant_type bnb_4bit_use_double_quant"
+            _refuse(given, names, "means nothing with --no_load_in_4bit")
+        if not self.dataset:
+            _refuse(given, "split", "needs --dataset")
+        if not self.push_to_hub:
+            _refuse(given, "hub_model_id hub_private_repo", "needs --push_to_hub")
+
+
+def parse_args(
+    config_class, argv: list[str] | None = None, defaults: dict | None = None, program: str | None = None
+):
     """Parse `argv` (default: the command line) into `config_class`; any mistake is one line and exit code 2.
 
     `defaults` stand in for flags that are not given, and are checked like them.
@@ -506,7 +683,7 @@ def parse_args(config_class, argv: list[str] | None = None, defaults: dict | Non
     tracebacks.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _OneLineParser(config_class, allow_abbrev=False, formatter_class=_Help)
+    parser = _OneLineParser(config_class, prog=program, allow_abbrev=False, formatter_class=_Help)
     for field in dataclasses.fields(config_class):
         if field.type == bool | None:  # HfArgumentParser gives only those that are on an opposite
             off = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
@@ -533,6 +710,13 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class _OneLineParser(HfArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _amount(text: str) -> float | None:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
 
 
 def _require(config, names: str, holds, limit: str) -> None:

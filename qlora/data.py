@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -32,35 +33,20 @@ def load_data(config) -> tuple:
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
     settings = {"text_field": config.dataset_text_field, "completion_only_loss": config.completion_only_loss}
-
-    def tokenize(source: RowSource, row_format: str) -> TokenizedRows:
-        rows = tokenize_rows(
-            source, tokenizer, row_format, name=str(source), content=source.content(), **settings
-        )
-        if not len(rows):
-            raise InputError(f"no row of {source} can be used: {rows.describe_drops()}")
-        return rows
-
-    def cut(rows: TokenizedRows) -> TokenizedRows:
-        rows = rows.cut(max_length)
-        if not len(rows):
-            raise InputError(f"no row can be used: {rows.describe_drops()}")
-        check_vocabulary(rows, model_config.vocab_size)
-        return rows
-
+    tokenize = partial(tokenize_source, tokenizer, **settings)
     sources = [RowSource(dataset, config.split, config.dataset_config) for dataset in config.dataset]
     if config.streaming:
         (source,) = sources
         sample = list(islice(replace(source, streaming=True), WINDOW_ROWS))
         train_rows = tokenize_rows(sample, tokenizer, config.dataset_format, name=str(source), **settings)
     else:
-        parts = [tokenize(source, config.dataset_format) for source in sources]
+        parts = [tokenize(config.dataset_format, source) for source in sources]
         train_rows = mix(parts)
         if len({part.row_format for part in parts}) > 1:
             formats = ", ".join(part.row_format for part in parts)
             print(f"The data sets have the formats {formats}: generate.py will ask in the first.")
     max_length = choose_max_length(config.max_length, train_rows.whole_lengths, model_config)
-    train_rows = cut(train_rows)
+    train_rows = cut_rows(train_rows, max_length, model_config.vocab_size)
     validation_rows = None
     if config.held_out is not None:
         train_rows, validation_rows = hold_out(train_rows, config.held_out, config.seed)
@@ -71,11 +57,34 @@ def load_data(config) -> tuple:
         if config.validation_dataset:
             sources = [RowSource(config.validation_dataset, config.validation_split or "train")]
         row_format = train_rows.row_format if len(sources) == 1 else config.dataset_format
-        validation_rows = cut(mix([tokenize(source, row_format) for source in sources]))
+        validation_rows = mix([tokenize(row_format, source) for source in sources])
+        validation_rows = cut_rows(validation_rows, max_length, model_config.vocab_size)
     for number, dataset in enumerate(config.dataset):
         if config.dataset_weights and number not in train_rows.sources:
             raise InputError(f"--dataset_weights: no row of {dataset} is left to train on")
     return tokenizer, model_config, train_rows, validation_rows
+
+
+def tokenize_source(
+    tokenizer, row_format: str, source: RowSource, text_field: str, completion_only_loss: bool
+) -> TokenizedRows:
+    """The rows of a source, tokenized and cached; raises InputError if none can be used."""
+    rows = tokenize_rows(
+        source, tokenizer, row_format, name=str(source), content=source.content(), text_field=text_field,
+        completion_only_loss=completion_only_loss,
+    )  # fmt: skip
+    if not len(rows):
+        raise InputError(f"no row of {source} can be used: {rows.describe_drops()}")
+    return rows
+
+
+def cut_rows(rows: TokenizedRows, max_length: int, vocab_size: int) -> TokenizedRows:
+    """The rows as a model sees them; raises InputError if none is left or the model lacks a token."""
+    rows = rows.cut(max_length)
+    if not len(rows):
+        raise InputError(f"no row can be used: {rows.describe_drops()}")
+    check_vocabulary(rows, vocab_size)
+    return rows
 
 
 def choose_max_length(wanted: str, lengths: np.ndarray, model_config) -> int:

@@ -5,10 +5,9 @@ import json
 import os
 from pathlib import Path
 
-from transformers.utils import cached_file
-
 from qlora.errors import InputError
 from qlora.tokens import TokenizedRows
+from qlora.weights import loaded_folder, weight_files
 
 SAMPLES, SAMPLE_BYTES = 64, 2**14  # that are read of each file of weights
 FIXED = ("lora_r", "lora_target_modules", "use_dora", "optim")  # decide the shapes of what a checkpoint holds
@@ -21,15 +20,11 @@ def base_fingerprint(model: str) -> str:
     `model` is a folder or the hub id of a model that has been loaded. The same wherever the files lie; it
     takes a moment, where a hash of all the weights would take longer than loading them.
     """
-    folder = Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
+    folder = loaded_folder(model)
     config = json.loads((folder / "config.json").read_text())
     digest = _hash({name: value for name, value in config.items() if name not in UNIMPORTANT})
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    for name in sorted(name for name in names if (folder / name).is_file()):  # else the configuration must do
-        with open(folder / name, "rb") as file:
+    for path in weight_files(folder):  # without any the configuration must do
+        with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(str(size).encode())
             for sample in range(SAMPLES):

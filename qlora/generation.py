@@ -1,9 +1,12 @@
 """Prompts as token ids, and answers to them in left-padded batches."""
 
+from pathlib import Path
+
 import torch
 
 from qlora.errors import InputError
 from qlora.prompts import DropRow, Segment, chat_segments, encode, prompt_segments, starts_with_bos
+from qlora.rows import read_rows
 
 
 class PromptWriter:
@@ -50,15 +53,24 @@ class PromptWriter:
         return ids
 
 
+def read_prompts(path: str, writer: PromptWriter, split: str = "train") -> list[tuple[str, dict, list[int]]]:
+    """(where it stands, row, prompt's ids) of each row of a file or data set: in txt a line, else the columns
+    of the row format, or "prompt". Raises InputError."""
+    is_txt = Path(path).suffix.lower() == ".txt"
+    rows = ((where, {"prompt": row["text"]} if is_txt else row) for where, row in read_rows(path, split))
+    return [(where, row, writer.row(row, where)) for where, row in rows]
+
+
 @torch.no_grad()
 def generate(
-    model, tokenizer, prompts: list[list[int]], autocast, seed: int = 0, streamer=None, **options
+    model, tokenizer, prompts: list[list[int]], autocast, seed: int = 0, streamer=None, stop=False, **options
 ) -> list[str]:
     """Continue each prompt (token ids) up to EOS; returns the new text of each, special tokens left out.
 
     Prompts are padded on the left, so that every answer starts right behind its prompt and a batch answers as
     each prompt alone would. `options` go to `GenerationMixin.generate`. Sampling draws from `seed` alone.
-    Training is left undisturbed: the model's mode and the random state are as before.
+    Training is left undisturbed: the model's mode and the random state are as before. Once `stop` is true,
+    the answers end where they are.
     """
     pad_id = tokenizer.eos_token_id  # masked out, so any id serves
     longest = max(map(len, prompts))
@@ -76,6 +88,7 @@ def generate(
             eos_token_id=stop_ids(model, tokenizer),
             use_cache=True,
             streamer=streamer,
+            stopping_criteria=[lambda ids, scores: torch.full((len(ids),), bool(stop), device=ids.device)],
             **options,
         )
     model.train(was_training)

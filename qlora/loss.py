@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,7 @@ def next_token_loss(
     that predict a target, and a chunk at a time. Other models take the general path through their own
     forward, which holds the logits. `decode` gives the hidden states of (model, batch).
     """
-    causal_lm = model.get_base_model()
+    causal_lm = without_adapter(model)
     if not plain_head:
         logits = causal_lm(**attention_inputs(causal_lm, batch), use_cache=False).logits
         logits = logits.flatten(0, 1).index_select(0, batch["target_index"])
@@ -36,6 +37,11 @@ def next_token_loss(
     for rows in _chunks(len(hidden), head.weight.shape[0]):
         total += checkpoint(_head_loss, head, hidden[rows], batch["target_ids"][rows], use_reentrant=False)
     return total
+
+
+def without_adapter(model):
+    """The model that PEFT has put an adapter into, or the model itself; the adapter's layers stay in it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _head_loss(head, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
@@ -86,7 +92,7 @@ def has_plain_head(model) -> bool:
 
     Measured rather than looked up, so that it holds for any architecture.
     """
-    causal_lm = model.get_base_model()
+    causal_lm = without_adapter(model)
     was_training = causal_lm.training
     causal_lm.eval()
     input_ids = torch.arange(8, device=model.device).unsqueeze(0)

@@ -203,7 +203,7 @@ def tokenize_rows(
         raise InputError("the tokenizer has no end-of-sequence token, so no answer could learn to stop")
     reading = iter(located_rows)
     sample = list(islice(reading, SAMPLE_ROWS))
-    row_format = _checked_format([row for _, row in sample], row_format, text_field, name)
+    row_format = checked_format([row for _, row in sample], row_format, text_field, name)
     if row_format == "messages" and tokenizer.chat_template is None:
         print("The tokenizer has no chat template: turns are written as ### Human: and ### Assistant:.")
         tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE  # saved with the adapter's tokenizer
@@ -440,7 +440,8 @@ def _cache_key(tokenizer, settings: dict) -> str:
     return digest.hexdigest()
 
 
-def _checked_format(sample: list[dict], row_format: str, text_field: str, name: str) -> str:
+def checked_format(sample: list[dict], row_format: str, text_field: str, name: str) -> str:
+    """The format of the sample rows, with auto recognised; raises InputError if they do not have it."""
     columns = sorted(set().union(*sample))
     if row_format == "auto":
         detected = detect_format(sample, text_field)

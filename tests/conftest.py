@@ -83,6 +83,18 @@ def rows_file(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def adapter(base, rows_file, tmp_path_factory):
+    """(model, folder) of an adapter that has learned some of the rows by heart."""
+    import train
+    from qlora.config import TrainConfig, parse_args
+
+    out = str(tmp_path_factory.mktemp("adapter") / "out")
+    flags = f"--model {base} --dataset {rows_file} --output_dir {out} --dtype float32 --num_train_epochs 25 "
+    flags += "--learning_rate 1e-2 --lora_target_modules all-linear --lora_dropout 0 --no_packing"
+    return train.train(parse_args(TrainConfig, flags.split())), out
+
+
 @pytest.fixture
 def run(base, rows_file, tmp_path):
     """Run train.py's train() on the tiny base in this process; returns (model, output folder)."""

@@ -89,6 +89,7 @@ NUMBERS = {
     "memory_limit_gb": ["0", "-8", "nan", "inf", "x"],
     "max_hours": ["0", "-1", "nan", "inf", "x"],
     "max_skipped_steps": ["0", "-1", "1.5"],
+    "sample_max_new_tokens": ["0", "-1", "1.5"],
     "seed": ["-1", "1.5", "4294967296", DIGITS],  # above 2**32 - 1, numpy takes no seed
     "eval_steps": ["0", "-1"],
     "logging_steps": ["0", "-1"],

@@ -13,40 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import generate as script
 import train
-from qlora.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter
-from qlora.config import TrainConfig, parse_args
+from qlora.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter, parse_for_adapter
+from qlora.config import GenerateConfig, TrainConfig, parse_args
 from qlora.errors import InputError
 from qlora.generation import PromptWriter, generate, stop_ids
 from qlora.prompts import chat_segments, encode, prompt_segments, row_segments, starts_with_bos
 from tests.conftest import ROOT, ROWS
 
+flags_of = partial(parse_for_adapter, GenerateConfig)
 FP32 = partial(torch.autocast, "cpu", enabled=False)
-
-
-@pytest.fixture(scope="module")
-def adapter(base, rows_file, tmp_path_factory):
-    """An adapter that has learned some of the rows by heart."""
-    out = str(tmp_path_factory.mktemp("generate") / "out")
-    argv = [
-        "--model",
-        base,
-        "--dataset",
-        rows_file,
-        "--output_dir",
-        out,
-        "--dtype",
-        "float32",
-        "--num_train_epochs",
-        "25",
-        "--learning_rate",
-        "1e-2",
-        "--lora_target_modules",
-        "all-linear",
-        "--lora_dropout",
-        "0",
-        "--no_packing",
-    ]
-    return train.train(parse_args(TrainConfig, argv)), out
 
 
 def prompt_ids(tokenizer, row) -> list[int]:
@@ -190,7 +165,7 @@ def test_every_flag_reaches_the_model(adapter, base, flags, changed, monkeypatch
     monkeypatch.setattr(script, "generate", record)
     argv = ["--model", base, "--adapter", adapter[1], "--prompt", "What?", "--max_new_tokens", "40"]
     for more in ([], flags.split()):
-        script.main(script.flags([*argv, *more]))
+        script.main(flags_of([*argv, *more]))
     (plain, got) = ({name: call.get(name) for name in changed} for call in calls)
     assert got == changed and plain != changed
 
@@ -198,15 +173,15 @@ def test_every_flag_reaches_the_model(adapter, base, flags, changed, monkeypatch
 def test_what_the_training_used_is_what_the_flags_leave_open(run, base):
     _, folder = run("--max_steps 1 --bnb_4bit_quant_type fp4 --no_bnb_4bit_use_double_quant --dtype bfloat16")
     argv = ["--model", base, "--adapter", str(folder)]
-    config = script.flags(argv)
+    config = flags_of(argv)
     assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("fp4", False)
     assert (config.dtype, config.dataset_format) == ("bfloat16", "prompt_completion")
-    config = script.flags([*argv, "--bnb_4bit_quant_type", "nf4", "--dtype", "float32"])
+    config = flags_of([*argv, "--bnb_4bit_quant_type", "nf4", "--dtype", "float32"])
     assert (config.bnb_4bit_quant_type, config.dtype) == ("nf4", "float32")
-    assert script.flags([*argv, "--dataset_format", "auto"]).dataset_format == "prompt_completion"
+    assert flags_of([*argv, "--dataset_format", "auto"]).dataset_format == "prompt_completion"
     (folder / SETTINGS).write_text('{"dtype": "float32"')
     with pytest.raises(InputError, match=f"{SETTINGS} is damaged"):
-        script.flags(argv)
+        flags_of(argv)
 
 
 def test_a_disk_that_is_full_ends_the_answers_with_one_line(base, tmp_path, monkeypatch):
@@ -218,7 +193,7 @@ def test_a_disk_that_is_full_ends_the_answers_with_one_line(base, tmp_path, monk
     monkeypatch.setattr(script, "open", lambda *_, **__: Full(), raising=False)
     argv = ["--model", base, "--prompts_file", str(tmp_path / "prompts.txt"), "--max_new_tokens", "2"]
     with pytest.raises(InputError, match="cannot be written after 0 answers: No space left on device"):
-        script.main(script.flags(argv))
+        script.main(flags_of(argv))
 
 
 def test_an_adapter_on_another_base_answers_only_if_asked(run, base, tmp_path, capsys):
@@ -229,14 +204,14 @@ def test_an_adapter_on_another_base_answers_only_if_asked(run, base, tmp_path, c
     (other / "model.safetensors").write_bytes(weights)
     argv = ["--model", str(other), "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "2"]
     with pytest.raises(InputError, match=r"was trained on another base than --model: .* --allow_other_base"):
-        script.main(script.flags(argv))
-    script.main(script.flags([*argv, "--allow_other_base"]))
+        script.main(flags_of(argv))
+    script.main(flags_of([*argv, "--allow_other_base"]))
 
 
 def test_an_adapter_that_does_not_say_how_it_was_trained_is_said_so(run, base, capsys):
     _, folder = run("--max_steps 1")
     (folder / SETTINGS).unlink()
-    assert script.flags(["--model", base, "--adapter", str(folder)]).dataset_format == "auto"
+    assert flags_of(["--model", base, "--adapter", str(folder)]).dataset_format == "auto"
     assert f"has no {SETTINGS}" in capsys.readouterr().err
 
 
@@ -260,7 +235,7 @@ def test_half_an_adapter_is_refused(run, base, change, message):
     save_file(tensors, folder / ADAPTER)
     with pytest.raises(InputError, match=message):
         script.main(
-            script.flags(
+            flags_of(
                 ["--model", base, "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "9"]
             )
         )
@@ -276,14 +251,14 @@ def test_an_adapter_that_peft_cannot_use_is_refused(run, base, field, value):
     (folder / "adapter_config.json").write_text(json.dumps(config | {field: value}))
     with pytest.raises(InputError, match="adapter"):
         argv = ["--model", base, "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "9"]
-        script.main(script.flags(argv))
+        script.main(flags_of(argv))
 
 
 def test_an_answer_does_not_replace_a_column_of_the_row(base, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What?", "answer": "a reference"}')
     with pytest.raises(InputError, match="column 'answer'"):
-        script.main(script.flags(["--model", base, "--prompts_file", str(rows), "--max_new_tokens", "9"]))
+        script.main(flags_of(["--model", base, "--prompts_file", str(rows), "--max_new_tokens", "9"]))
 
 
 def test_a_hub_adapter_brings_its_settings_and_tokenizer(run, base, tmp_path, monkeypatch):
@@ -295,7 +270,7 @@ def test_a_hub_adapter_brings_its_settings_and_tokenizer(run, base, tmp_path, mo
     (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     check_adapter("someone/adapter")
-    assert script.flags(["--model", base, "--adapter", "someone/adapter"]).bnb_4bit_quant_type == "fp4"
+    assert flags_of(["--model", base, "--adapter", "someone/adapter"]).bnb_4bit_quant_type == "fp4"
     assert adapter_file("someone/adapter", "tokenizer_config.json").parent == snapshot
     assert adapter_file("someone/adapter", "no-such-file.json") is None
     base_model = train.load_base(base, torch.float32, torch.device("cpu"))

@@ -14,10 +14,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qlora.config import GenerateConfig, TrainConfig, parse_args  # noqa: E402
+from qlora.config import EvaluateConfig, GenerateConfig, MergeConfig, TrainConfig, parse_args  # noqa: E402
+from qlora.log import comparison_parser  # noqa: E402
 
 README = ROOT / "README.md"
-CONFIGS = {"train.py": TrainConfig, "generate.py": GenerateConfig}
+CONFIGS = {
+    "train.py": TrainConfig, "generate.py": GenerateConfig, "qlora.evaluate": EvaluateConfig,
+    "qlora.merge": MergeConfig,
+}  # fmt: skip
 
 
 def commands() -> list[str]:
@@ -50,6 +54,14 @@ def with_tables(text: str) -> str:
     return text
 
 
+def parse(words: list[str]):
+    """What the words behind `python` come to; a mistake ends the test."""
+    program, *flags = words[1:] if words[0] == "-m" else words
+    if program == "qlora.log":
+        return comparison_parser().parse_args(flags)
+    return parse_args(CONFIGS[program], flags)
+
+
 @pytest.mark.parametrize("command", commands())
 def test_every_command_parses(command):
     program, *words = shlex.split(command)
@@ -57,12 +69,16 @@ def test_every_command_parses(command):
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     else:
         assert program == ".venv/bin/python"
-        parse_args(CONFIGS[words[0]], words[1:])
+        parse(words)
 
 
 def test_there_are_commands_of_every_kind():
     text = "\n".join(commands())
     assert all(word in text for word in ("make demo", "make test", "train.py --model", "generate.py --model"))
+    assert all(
+        f"-m qlora.{name} " in text
+        for name in ("evaluate --model", "evaluate --quantization", "merge", "log")
+    )
 
 
 def test_the_flag_tables_are_the_configurations():

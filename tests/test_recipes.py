@@ -18,11 +18,13 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import generate
 import train
-from qlora.adapter import ADAPTER, SETTINGS, add_adapter
+from qlora import evaluate
+from qlora.adapter import ADAPTER, SETTINGS, add_adapter, parse_for_adapter
 from qlora.checkpoint import STATE, STATE_TENSORS
-from qlora.config import GenerateConfig, TrainConfig, parse_args
+from qlora.config import EvaluateConfig, GenerateConfig, TrainConfig, parse_args
 from qlora.model import load_tokenizer
 from tests.conftest import ROOT, ROWS
+from tests.test_readme import parse
 
 RECIPES = ROOT / "docs" / "recipes.md"
 DEFAULTS = dataclasses.asdict(TrainConfig("any"))
@@ -46,6 +48,7 @@ ASKED = {
         "gradient_accumulation_steps": 4, "packing": False, "learning_rate": 2e-4,
         "lr_scheduler_type": "linear", "optim": "paged_adamw_8bit", "max_length": "512",
         "num_train_epochs": 1, "max_steps": 10, "logging_steps": 10,
+        "push_to_hub": True, "hub_model_id": "you/finetuning-llms",
     },
     "B": {
         "model": "NousResearch/Llama-2-7b-chat-hf", "dataset": ["mlabonne/guanaco-llama2-1k"],
@@ -116,6 +119,7 @@ def commands(system: str) -> list[list[str]]:
         python.parent.mkdir(parents=True)
         python.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\necho\n")
         python.chmod(0o755)
+        (python.parent / "pip").symlink_to("/bin/true")
         blocks = "".join(re.findall(r"```bash\n(.*?)```", sections()[system], re.DOTALL))
         shell = subprocess.run(
             ["bash", "-euc", blocks], cwd=folder, check=True, capture_output=True, text=True
@@ -183,6 +187,8 @@ def trained(base, data_of, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for name in ("build_optimizer", "lr_at", "clip_grad_norm_"):
                 patch.setattr(train, name, telling(getattr(train, name), name, told))
+            patch.setattr(train, "check_hub", lambda repo: None)
+            patch.setattr(train, "push", telling(lambda folder, repo, is_private: "hub", "push", told))
             train.train(parse_args(TrainConfig, [*trainings(system)[0], *changed]))
         return SimpleNamespace(folder=folder, told=told)
 
@@ -212,8 +218,8 @@ def test_there_is_a_recipe_for_each_system():
 
 @pytest.mark.parametrize("system", ASKED)
 def test_every_command_parses(system):
-    for script, *argv in commands(system):
-        parse_args({"train.py": TrainConfig, "generate.py": GenerateConfig}[script], argv)
+    for words in commands(system):
+        parse(words)
 
 
 @pytest.mark.parametrize("system", ASKED)
@@ -281,6 +287,26 @@ def test_ten_steps_win_over_one_epoch_in_a(trained):
     assert line["epoch"] == 5  # 36 rows: a step of 32 and one of 4
 
 
+def test_a_is_pushed_to_the_hub_and_no_other(trained):
+    assert trained("A").told["push"]["repo"] == "you/finetuning-llms"
+    assert "push" not in trained("D").told
+
+
+def test_es_answers_are_scored_as_code(trained, base, data_of, tmp_path):
+    (argv,) = [words[2:] for words in commands("E") if words[:2] == ["-m", "qlora.evaluate"]]
+    asked = parse_args(EvaluateConfig, argv)
+    assert asked.adapter == settings(trainings("E")[0])["output_dir"] and asked.model == ASKED["E"]["model"]
+    data = data_of("E")
+    changed = ["--model", base, "--adapter", str(trained("E").folder), "--dataset", data]
+    changed += ["--prompts_file", data, "--prompts_split", "train[:3]", "--max_new_tokens", "8"]
+    evaluate.main([*argv, *changed, "--output_file", str(tmp_path / "e.json")])
+    report = json.loads((tmp_path / "e.json").read_text())
+    for name in ("base", "tuned"):
+        assert {"loss", "codebleu_ngram", "codebleu_weighted_ngram", "codebleu_syntax"} < report[name].keys()
+        assert {"codebleu_dataflow", "exact_match", "parses"} < report[name].keys()
+    assert len(report["answers"]) == 3
+
+
 @pytest.mark.parametrize("system", [system for system in ASKED if questions(system)])
 def test_the_result_answers(system, trained, base, capsys, monkeypatch):
     told = {}
@@ -293,7 +319,7 @@ def test_the_result_answers(system, trained, base, capsys, monkeypatch):
     if system != "B":  # the tiny base has a context of 256 tokens
         changed += ["--max_new_tokens", "8"]
     capsys.readouterr()
-    generate.main(generate.flags([*argv, *changed]))
+    generate.main(parse_for_adapter(GenerateConfig, [*argv, *changed]))
     assert capsys.readouterr().out.strip()
     if system == "B":
         assert told["generate"]["options"]["max_new_tokens"] == 200

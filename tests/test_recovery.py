@@ -24,15 +24,16 @@ import qlora.adapter
 import qlora.checkpoint
 import qlora.files
 import qlora.stop
+import qlora.validation
 import train
 from qlora.adapter import ADAPTER
 from qlora.checkpoint import STATE, STATE_TENSORS, find_checkpoint, list_checkpoints
 from qlora.errors import InputError
-from qlora.evaluate import eval_batches
 from qlora.files import MANIFEST, damage
 from qlora.fingerprint import base_fingerprint, rows_fingerprint
 from qlora.progress import Progress
 from qlora.tokens import tokenize_rows
+from qlora.validation import eval_batches
 from tests.conftest import ROOT
 from tests.test_train import adapter, assert_same, interrupt, metrics
 
@@ -338,7 +339,7 @@ def test_a_signal_ends_in_a_checkpoint_of_the_step(run, whole, monkeypatch, numb
 
 def stopped_in_evaluation(run, monkeypatch, step: int, *flags: str) -> int:
     """Send SIGTERM in the third batch of the evaluation after a step; returns how many batches it took."""
-    taken, loss, done = [], qlora.evaluate.next_token_loss, train.RunLog.step_done
+    taken, loss, done = [], qlora.validation.next_token_loss, train.RunLog.step_done
 
     def batch(*arguments):
         taken.append(1)

@@ -14,11 +14,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import train
 from qlora.adapter import ADAPTER
 from qlora.checkpoint import STATE, STATE_TENSORS
-from qlora.evaluate import evaluate_loss
 from qlora.generation import generate
 from qlora.model import load_base, load_tokenizer
 from qlora.rows import read_rows
 from qlora.tokens import tokenize_rows
+from qlora.validation import evaluate_loss
 from tests.conftest import ROOT, ROWS
 
 
