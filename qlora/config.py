@@ -628,6 +628,8 @@ class EvaluateConfig(AdaptedModel):
 
 @dataclass
 class MergeConfig(AdaptedModel):
+    adapter: str | None = flag(None, "LoRA adapter folder (or hub id); it must be given.")
+
     output_dir: str = flag("merged", "Folder for the merged model; new, or empty.")
     base: Literal["dequantized", "original"] = flag(
         "dequantized",

@@ -4,11 +4,12 @@ The merged model is written shard by shard, read again, and compared with the ad
 gets its name. Flags: MergeConfig in qlora/config.py.
 """
 
+import gc
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,7 +89,7 @@ def merge(config: MergeConfig) -> None:
     original = Weights(loaded_folder(config.model)) if config.base == "original" else None
     model = load_adapter(base, config.adapter, is_trainable=False).eval()
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    wanted = predictions(model, rows, autocast)
+    wanted = list(predictions(model, rows, autocast))
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with staged(output_dir) as staging:
@@ -96,7 +97,9 @@ def merge(config: MergeConfig) -> None:
             check_space(staging, sum(_numel(p) for p in base.parameters()) * dtype.itemsize)
             write_shards(staging, merged_tensors(model, original), dtype)
             write_settings(staging, base, tokenizer, config)
-            del model, base
+            del model, base  # the merged one needs the room
+            gc.collect()
+            torch.cuda.empty_cache()
             compare(staging, wanted, dtype, device, config)
             card = model_card(repo, config.model, Path(config.adapter), is_merged=True)
             (staging / "README.md").write_text(card, encoding="utf-8")
@@ -213,14 +216,12 @@ def sample_rows(config: MergeConfig, tokenizer) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def predictions(model, rows: list[torch.Tensor], autocast) -> list[Prediction]:
-    """The log-probabilities of the next token at every position but the last."""
-    found = []
+def predictions(model, rows: list[torch.Tensor], autocast) -> Iterator[Prediction]:
+    """The log-probabilities of the next token at every position but the last, row by row."""
     for ids in rows:
         with autocast():
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1]
-        found.append(Prediction(ids[0], log_softmax(logits.float(), dim=-1).cpu()))
-    return found
+        yield Prediction(ids[0], log_softmax(logits.float(), dim=-1).cpu())
 
 
 def compare(folder: Path, wanted: list[Prediction], dtype: torch.dtype, device, config: MergeConfig) -> None:
@@ -245,7 +246,7 @@ def compare(folder: Path, wanted: list[Prediction], dtype: torch.dtype, device, 
         )
 
 
-def differences(wanted: list[Prediction], got: list[Prediction]) -> tuple[float, float, float]:
+def differences(wanted: list[Prediction], got: Iterable[Prediction]) -> tuple[float, float, float]:
     """(perplexity of `wanted`, that of `got`, mean KL divergence of `got` from `wanted` in nats a token)."""
     losses, kl, tokens = [0.0, 0.0], 0.0, 0
     for one, other in zip(wanted, got, strict=True):

@@ -1,0 +1,87 @@
+"""--sample_prompts: what base and tuned model answer at every evaluation."""
+
+import json
+
+import pytest
+import torch
+
+from qlora.errors import InputError
+from qlora.log import _log_wandb
+from qlora.samples import Samples
+from tests.conftest import ROWS
+from tests.test_train import adapter, assert_same, metrics
+
+
+@pytest.fixture
+def prompts(tmp_path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in ROWS[:2]))
+    return str(path)
+
+
+def test_samples_are_logged_at_every_evaluation_and_change_nothing(run, rows_file, prompts, capsys):
+    flags = f"--max_steps 4 --lora_dropout 0.1 --learning_rate 3e-2 --validation_dataset {rows_file}"
+    want = adapter(run(flags, "--eval_steps 2", out="plain")[1])
+    _, folder = run(flags, f"--eval_steps 2 --sample_prompts {prompts} --sample_max_new_tokens 5")
+    assert_same(adapter(folder), want)
+    evaluated = [line for line in metrics(folder) if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [2, 4]
+    first, last = (line["samples"] for line in evaluated)
+    assert [sample["prompt"] for sample in first] == [row["prompt"] for row in ROWS[:2]]
+    assert [sample["base"] for sample in first] == [sample["base"] for sample in last]
+    assert any(sample["tuned"] != sample["base"] for sample in last)
+    assert f"tuned: {last[0]['tuned'].strip()}" in capsys.readouterr().out
+
+
+def test_the_base_answers_without_the_adapter(run, base, prompts, rows_file):
+    flags = f"--max_steps 1 --validation_dataset {rows_file} --sample_prompts {prompts}"
+    _, folder = run(flags, "--learning_rate 9", out="wild")
+    _, tame = run(flags, "--learning_rate 1e-9", out="tame")
+    wild, tame = (metrics(path)[-1]["samples"] for path in (folder, tame))
+    assert [sample["base"] for sample in wild] == [sample["base"] for sample in tame]
+    assert [sample["tuned"] for sample in tame] == [sample["base"] for sample in tame]
+
+
+class Model(torch.nn.Module):
+    device = torch.device("cpu")
+
+
+def test_no_memory_for_samples_costs_the_samples_alone(tokenizer, monkeypatch):
+    def runs_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qlora.samples.generate", runs_out)
+    assert Samples([[1, 2]], tokenizer, 4).ask(Model(), None, stop=False) is None
+
+
+def test_samples_that_were_stopped_are_not_logged(tokenizer, monkeypatch):
+    monkeypatch.setattr("qlora.samples.generate", lambda *_, **__: ["half an ans"])
+    samples = Samples([[1, 2]], tokenizer, 4)
+    assert samples.ask(Model(), None, stop=True) is None
+    (answered,) = samples.ask(Model(), None, stop=False)
+    assert answered["tuned"] == answered["base"] == "half an ans"
+
+
+def test_wandb_gets_a_table():
+    logged = {}
+
+    class Run:
+        def log(self, values, step):
+            logged[step] = values
+
+    sample = {"prompt": "a", "base": "b", "tuned": "c"}
+    _log_wandb(Run(), {"step": 3, "eval_loss": 1.0, "samples": [sample]})
+    assert logged[3]["eval_loss"] == 1.0
+    assert logged[3]["samples"].data == [["a", "b", "c"]]
+
+
+def test_a_prompt_that_cannot_be_used_ends_the_run_before_the_model_loads(
+    run, rows_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("train.load_base", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "bad.jsonl").write_text('{"question": "What?"}\n')
+    flags = f"--validation_dataset {rows_file} --sample_prompts"
+    with pytest.raises(InputError, match=r"bad\.jsonl line 1"):
+        run(flags, f"{tmp_path}/bad.jsonl")
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        run(flags, f"{tmp_path}/none.jsonl")
