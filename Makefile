@@ -19,7 +19,7 @@ demo: .venv/installed  ## train a small random Llama on demo/rows.jsonl, then as
 		--prompt "What is the capital of Italy?"
 
 test: .venv/installed-dev  ## all tests that need no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

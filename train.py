@@ -72,7 +72,7 @@ def train(config: TrainConfig):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_device_flags(config, device)
     if config.push_to_hub:
-        check_hub(hub_name(config))
+        config = dataclasses.replace(config, hub_model_id=check_hub(hub_name(config)))
     if config.plan_only:
         return run(config, device, stop, None)
     output_dir = Path(config.output_dir)
@@ -204,6 +204,14 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     def position() -> dict:
         return {"step": progress.step, "epoch": round(progress.epochs, 4)}
 
+    def ask_samples() -> list[dict] | None:
+        """What base and adapter answer; None if that fails, which does not end the run."""
+        try:
+            return samples.ask(model, autocast, stop)
+        except Exception as error:  # most likely there is no memory left for it
+            log.say(f"step {progress.step}: no samples ({first_line(error)})")
+            return None
+
     def evaluate() -> bool:
         """Log the validation loss; returns whether it is to be kept as the best so far. Ends early if the run
         has to."""
@@ -213,8 +221,7 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
         if eval_loss is None:
             return False
         progress.owes_evaluation = False
-        answers = samples.ask(model, autocast, stop) if samples else None
-        log.evaluation(eval_loss, answers, **position())
+        log.evaluation(eval_loss, ask_samples() if samples else None, **position())
         return config.load_best_model_at_end and progress.is_best(eval_loss)
 
     def save() -> bool:

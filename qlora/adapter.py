@@ -26,7 +26,7 @@ KEPT_FLAGS = (
     "dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "dataset_format",
     "dataset_text_field",
 )  # fmt: skip
-KEPT_FOR_EVALUATION = "completion_only_loss", "max_length"
+KEPT_FOR_EVALUATION = "completion_only_loss", "max_length", "validation_seed"
 
 
 def add_adapter(
@@ -143,7 +143,8 @@ def save_final_adapter(output_dir: Path, model, tokenizer, settings: dict, card:
 def kept_settings(config, row_format: str, max_length: int, base: str) -> dict:
     """The settings of a training that later commands take over, with the row format that was recognised, the
     length that was chosen, and the fingerprint of the base."""
-    kept = {name: getattr(config, name) for name in KEPT_FLAGS + KEPT_FOR_EVALUATION}
+    kept = {name: getattr(config, name) for name in KEPT_FLAGS}
+    kept |= {"completion_only_loss": config.completion_only_loss, "validation_seed": config.seed}
     return kept | {"dataset_format": row_format, "max_length": max_length, BASE: base}
 
 

@@ -530,10 +530,10 @@ class EvaluateConfig(AdaptedModel):
     split: str = flag("train", "Split of --dataset.")
     validation_split: str | None = flag(
         None,
-        "Of --dataset only the rows that train.py held out with the same --validation_split and --seed: a "
-        "share (0.05, 5%%) or a number of rows.",
+        "Of --dataset only the rows that train.py held out of it by the same --validation_split: a share "
+        "(0.05, 5%%) or a number of rows.",
     )
-    seed: int = flag(42, "The training's seed, for --validation_split.")
+    validation_seed: int = flag(42, "The training's --seed; as in the training, where the adapter says it.")
     dataset_format: Literal[
         "auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"
     ] = flag("auto", "Row format. This and the next three: as in the training, where the adapter says it.")
@@ -548,6 +548,7 @@ class EvaluateConfig(AdaptedModel):
     )
     general_dataset_config: str | None = flag(None, "Configuration name of a hub data set that has several.")
     general_split: str = flag("train", "Split of --general_dataset.")
+    general_text_field: str = flag("text", "Name of its column.")
 
     # Answers
     prompts_file: str | None = flag(
@@ -574,7 +575,9 @@ class EvaluateConfig(AdaptedModel):
         "Instead of all this: what quantizing this model (hub id or folder) to 4 bits does to each layer.",
     )
     output_file: str | None = flag(
-        None, "Where everything goes as JSON. Default: evaluation.json in the adapter's folder, or here."
+        None,
+        "Where everything goes as JSON, in place of what was there. Default: evaluation.json in the "
+        "adapter's folder or here, or quantization.json here.",
     )
 
     def __post_init__(self):
@@ -586,7 +589,7 @@ class EvaluateConfig(AdaptedModel):
             "at least 1",
         )
         _require(self, "samples", lambda value: value >= 0, "0 or more")
-        _require(self, "seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
+        _require(self, "validation_seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
         _require_max_length(self.max_length)
         _require_split("split", self.split)
         _require_split("general_split", self.general_split)
@@ -614,9 +617,11 @@ class EvaluateConfig(AdaptedModel):
         if not self.dataset:
             _refuse(given, "dataset_config split validation_split", "needs --dataset")
         if not self.validation_split:
-            _refuse(given, "seed", "needs --validation_split")
+            _refuse(given, "validation_seed", "needs --validation_split")
         if not self.general_dataset:
-            _refuse(given, "general_dataset_config general_split", "needs --general_dataset")
+            _refuse(
+                given, "general_dataset_config general_split general_text_field", "needs --general_dataset"
+            )
         if not self.prompts_file:
             _refuse(given, "prompts_split code samples max_new_tokens batch_size", "needs --prompts_file")
 

@@ -4,8 +4,11 @@ Loss and perplexity of base and base + adapter, in one load; what was forgotten;
 with --quantization MODEL, what 4 bits do to each layer. Flags: EvaluateConfig in qlora/config.py.
 """
 
+import json
 import math
+import signal
 import sys
+import tempfile
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,15 +20,16 @@ from qlora.adapter import check_base, load_adapter, parse_for_adapter
 from qlora.config import EvaluateConfig
 from qlora.data import choose_max_length, cut_rows, tokenize_source
 from qlora.errors import InputError
+from qlora.files import replace_file
 from qlora.fingerprint import base_fingerprint
 from qlora.generation import PromptWriter, generate, read_prompts
 from qlora.log import side_by_side
 from qlora.loss import has_plain_head
 from qlora.model import load_base, load_config, load_tokenizer
 from qlora.prompts import DropRow, row_segments
-from qlora.quantization import describe_quantization, quantization_report, save_json, table
+from qlora.quantization import describe_quantization, quantization_report
 from qlora.rows import RowSource, read_rows
-from qlora.samples import without
+from qlora.runs import table
 from qlora.scores import calc_codebleu, score
 from qlora.tokens import SAMPLE_ROWS, TokenizedRows, checked_format, hold_out
 from qlora.validation import eval_batches, evaluate_loss
@@ -36,23 +40,44 @@ PROGRAM = "qlora.evaluate"
 def main(argv: list[str] | None = None) -> None:
     try:
         config = parse_for_adapter(EvaluateConfig, argv, PROGRAM)
+        output_file = where_to_write(config)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        folder = Path(config.adapter) if config.adapter and Path(config.adapter).is_dir() else Path()
-        output_file = Path(config.output_file or folder / "evaluation.json")
-        if output_file.is_dir() or not output_file.parent.is_dir():
-            raise InputError(f"--output_file {output_file} must be a file in a folder that is there")
         if config.quantization:
             report = quantization_report(config.quantization, device, config.trust_remote_code)
-            print(describe_quantization(report))
+            shown = describe_quantization(report)
         else:
             report = evaluate(config, device)
-            print(describe(report))
+            shown = describe(report)
             if config.samples:
-                print(side_by_side(report["answers"][: config.samples]))
-        save_json(report, output_file)
-        print(f"all of it in {output_file}")
+                shown += "\n" + side_by_side(report["answers"][: config.samples])
+        save(report, output_file)
+        print(f"{shown}\nall of it in {output_file}")
     except InputError as error:
         sys.exit(f"{PROGRAM}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def where_to_write(config: EvaluateConfig) -> Path:
+    """The output file; raises InputError if it cannot be written."""
+    name = "quantization.json" if config.quantization else "evaluation.json"
+    is_local = config.adapter and Path(config.adapter).is_dir()
+    output_file = Path(config.output_file or Path(config.adapter if is_local else "") / name)
+    if output_file.is_dir() or not output_file.parent.is_dir():
+        raise InputError(f"--output_file {output_file} must be a file in a folder that is there")
+    try:
+        with tempfile.TemporaryFile(dir=output_file.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_file {output_file} cannot be written: {error.strerror}") from error
+    return output_file
+
+
+def save(report: dict, output_file: Path) -> None:
+    try:
+        replace_file(output_file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise InputError(f"--output_file {output_file} cannot be written: {error.strerror}") from error
 
 
 def evaluate(config: EvaluateConfig, device: torch.device) -> dict:
@@ -66,7 +91,7 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict:
         rows["loss"] = dataset_rows(config, tokenizer, model_config)
     if config.general_dataset:
         rows["general_loss"] = general_rows(config, tokenizer, model_config)
-    prompts = read_tasks(config, tokenizer, model_config) if config.prompts_file else []
+    tasks = read_tasks(config, tokenizer, model_config) if config.prompts_file else []
     if config.code:
         calc_codebleu()  # is it there?
 
@@ -76,34 +101,26 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict:
         config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
         config.bnb_4bit_use_double_quant, config.trust_remote_code,
     )  # fmt: skip
-    if config.adapter:
-        if not config.allow_other_base:
-            check_base(config.adapter, base_fingerprint(config.model), "--allow_other_base")
-        model = load_adapter(model, config.adapter, is_trainable=False)
+    if config.adapter and not config.allow_other_base:
+        check_base(config.adapter, base_fingerprint(config.model), "--allow_other_base")
 
-    def measure(name: str) -> tuple[dict, list[str]]:
-        losses = {}
+    report = {"model": config.model, "adapter": config.adapter}
+    answers = [{"prompt": prompt, "reference": reference} for prompt, _, reference in tasks]
+    for name in ("base", "tuned") if config.adapter else ("base",):
+        if name == "tuned":
+            model = load_adapter(model, config.adapter, is_trainable=False)
+        report[name] = {}
         for what, some_rows in rows.items():
             loss = mean_loss(model, some_rows, tokenizer, config.per_device_eval_batch_size, autocast, name)
-            losses[what] = loss
-            losses[what.replace("loss", "perplexity")] = math.exp(min(loss, 700))
-        return losses, answers_of(model, tokenizer, prompts, config, autocast, name)
-
-    with without(model):
-        base, base_answers = measure("base")
-    measured = {"base": (base, base_answers)}
-    if config.adapter:
-        measured["tuned"] = measure("tuned")
-    report = {"model": config.model, "adapter": config.adapter}
-    for name, (values, answers) in measured.items():
-        scores = score(answers, [reference for _, _, reference in prompts], config.code) if prompts else {}
-        report[name] = values | scores
-    report["answers"] = [
-        {"prompt": prompt, "reference": reference}
-        | {name: answers[number] for name, (_, answers) in measured.items()}
-        for number, (prompt, _, reference) in enumerate(prompts)
-    ]
-    return report
+            finite = loss if math.isfinite(loss) else None  # JSON knows no others
+            perplexity = math.exp(loss) if loss < 700 else None
+            report[name] |= {what: finite, what.replace("loss", "perplexity"): perplexity}
+        if tasks:
+            texts = answers_of(model, tokenizer, tasks, config, autocast, name)
+            report[name] |= score(texts, [reference for _, _, reference in tasks], config.code)
+            for answer, text in zip(answers, texts):
+                answer[name] = text
+    return report | {"answers": answers}
 
 
 def dataset_rows(config: EvaluateConfig, tokenizer, model_config) -> TokenizedRows:
@@ -113,19 +130,21 @@ def dataset_rows(config: EvaluateConfig, tokenizer, model_config) -> TokenizedRo
         tokenizer, config.dataset_format, source, text_field=config.dataset_text_field,
         completion_only_loss=config.completion_only_loss,
     )  # fmt: skip
-    max_length = choose_max_length(config.max_length, rows.whole_lengths, model_config)
-    rows = cut_rows(rows, max_length, model_config.vocab_size)
-    return hold_out(rows, config.held_out, config.seed)[1] if config.held_out else rows
+    rows = _cut(rows, config, model_config)
+    return hold_out(rows, config.held_out, config.validation_seed)[1] if config.held_out else rows
 
 
 def general_rows(config: EvaluateConfig, tokenizer, model_config) -> TokenizedRows:
     """The rows of --general_dataset, as plain text."""
     source = RowSource(config.general_dataset, config.general_split, config.general_dataset_config)
-    rows = tokenize_source(
-        tokenizer, "text", source, text_field=config.dataset_text_field, completion_only_loss=False
-    )
-    length = choose_max_length(config.max_length, rows.whole_lengths, model_config)
-    return cut_rows(rows, length, model_config.vocab_size)
+    field = config.general_text_field
+    rows = tokenize_source(tokenizer, "text", source, text_field=field, completion_only_loss=False)
+    return _cut(rows, config, model_config)
+
+
+def _cut(rows: TokenizedRows, config: EvaluateConfig, model_config) -> TokenizedRows:
+    max_length = choose_max_length(config.max_length, rows.whole_lengths, model_config)
+    return cut_rows(rows, max_length, model_config.vocab_size)
 
 
 def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> list[tuple[str, list[int], str]]:
@@ -135,6 +154,8 @@ def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> list[tuple[st
     if row_format == "auto":
         sample = [row for _, row in islice(read_rows(config.prompts_file, config.prompts_split), SAMPLE_ROWS)]
         row_format = checked_format(sample, row_format, text_field, config.prompts_file)
+    if row_format == "text":
+        raise InputError(f"--prompts_file {config.prompts_file}: rows of plain text have no reference answer")
     writer = PromptWriter(tokenizer, row_format, text_field, max_tokens=context - config.max_new_tokens)
     tasks = []
     for where, row, ids in read_prompts(config.prompts_file, writer, config.prompts_split):
@@ -160,7 +181,7 @@ def mean_loss(model, rows: TokenizedRows, tokenizer, batch_size: int, autocast, 
 def answers_of(model, tokenizer, tasks: list, config: EvaluateConfig, autocast, name: str) -> list[str]:
     """The likeliest answer to each task."""
     answers = []
-    with tqdm(total=len(tasks), desc=f"{name}: answers", unit="prompt", disable=not tasks) as bar:
+    with tqdm(total=len(tasks), desc=f"{name}: answers", unit="prompt") as bar:
         for start in range(0, len(tasks), config.batch_size):
             batch = [ids for _, ids, _ in tasks[start : start + config.batch_size]]
             options = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
@@ -174,8 +195,9 @@ def describe(report: dict) -> str:
     columns = [name for name in ("base", "tuned") if name in report]
     rows = [["", *columns]]
     for what in report["base"]:
-        is_share = "loss" not in what and "perplexity" not in what
-        rows.append([what, *(f"{report[name][what]:{'.1%' if is_share else '.4f'}}" for name in columns)])
+        form = ".4f" if "loss" in what or "perplexity" in what else ".1%"
+        values = [report[name][what] for name in columns]
+        rows.append([what, *("none" if value is None else f"{value:{form}}" for value in values)])
     return table(rows)
 
 

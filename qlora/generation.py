@@ -5,7 +5,15 @@ from pathlib import Path
 import torch
 
 from qlora.errors import InputError
-from qlora.prompts import DropRow, Segment, chat_segments, encode, prompt_segments, starts_with_bos
+from qlora.prompts import (
+    FALLBACK_CHAT_TEMPLATE,
+    DropRow,
+    Segment,
+    chat_segments,
+    encode,
+    prompt_segments,
+    starts_with_bos,
+)
 from qlora.rows import read_rows
 
 
@@ -20,6 +28,8 @@ class PromptWriter:
         self.row_format = row_format
         self.text_field = text_field
         self.max_tokens = max_tokens
+        if row_format == "messages" and tokenizer.chat_template is None:
+            tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
         self.adds_bos = starts_with_bos(row_format, tokenizer)
 
     @property
@@ -79,19 +89,23 @@ def generate(
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), autocast():
-        torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=mask,
-            pad_token_id=pad_id,
-            eos_token_id=stop_ids(model, tokenizer),
-            use_cache=True,
-            streamer=streamer,
-            stopping_criteria=[lambda ids, scores: torch.full((len(ids),), bool(stop), device=ids.device)],
-            **options,
-        )
-    model.train(was_training)
+    try:
+        with torch.random.fork_rng(devices=devices), autocast():
+            torch.manual_seed(seed)
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                pad_token_id=pad_id,
+                eos_token_id=stop_ids(model, tokenizer),
+                use_cache=True,
+                streamer=streamer,
+                stopping_criteria=[
+                    lambda ids, scores: torch.full((len(ids),), bool(stop), device=ids.device)
+                ],
+                **options,
+            )
+    finally:
+        model.train(was_training)
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 

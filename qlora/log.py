@@ -207,19 +207,20 @@ def _keep_until(path: Path, step: int, evaluates_again: bool) -> None:
         try:
             values = json.loads(line)
             is_again = evaluates_again and values["step"] == step and "eval_loss" in values
-        except (ValueError, KeyError):  # a line cut short by a kill
+            if values["step"] <= step and not is_again:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # a line cut short by a kill, or of somebody else
             continue
-        if values["step"] <= step and not is_again:
-            kept.append(line + "\n")
     replace_file(path, "".join(kept))
 
 
 def side_by_side(samples: list[dict]) -> str:
-    """Each prompt, and below it the two answers."""
-    return "\n".join(
-        f"--- {sample['prompt']}\n base: {sample['base'].strip()}\ntuned: {sample['tuned'].strip()}"
-        for sample in samples
-    )
+    """Each prompt, and below it the answers of base and tuned model, as far as there are any."""
+    lines = []
+    for sample in samples:
+        lines.append(f"--- {sample['prompt']}")
+        lines += [f"{name:>5}: {sample[name].strip()}" for name in ("base", "tuned") if name in sample]
+    return "\n".join(lines)
 
 
 def start_screen(**facts: str) -> str:

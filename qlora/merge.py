@@ -8,15 +8,18 @@ import gc
 import json
 import math
 import os
+import re
+import signal
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
@@ -24,7 +27,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qlora.adapter import check_base, load_adapter, parse_for_adapter
 from qlora.config import MergeConfig
-from qlora.data import choose_max_length, cut_rows, tokenize_source
+from qlora.data import cut_rows, tokenize_source
 from qlora.errors import InputError, first_line
 from qlora.files import check_space, make_durable, staged
 from qlora.fingerprint import base_fingerprint
@@ -36,6 +39,7 @@ from qlora.weights import INDEX, SINGLE, Weights, loaded_folder
 
 PROGRAM = "qlora.merge"
 SHARD_BYTES = 2 * 2**30  # held in host memory at a time
+LEAST_KL = 1e-3  # what rounding to 16 bits may make of a weak adapter
 MOST_TOKENS = 2048  # of the comparison: their log-probabilities are kept, 128 KB each for 32,000 tokens
 
 # What both models read if no rows are given.
@@ -63,44 +67,46 @@ def main(argv: list[str] | None = None) -> None:
         merge(parse_for_adapter(MergeConfig, argv, PROGRAM))
     except InputError as error:
         sys.exit(f"{PROGRAM}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def merge(config: MergeConfig) -> None:
     """Write, compare, publish; raises InputError, and then leaves nothing behind."""
-    output_dir = Path(config.output_dir)
+    output_dir = Path(config.output_dir).resolve()
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise InputError(f"--output_dir {output_dir} is there and not empty: give another folder")
-    repo = config.hub_model_id or output_dir.resolve().name
+    repo = config.hub_model_id or output_dir.name
     if config.push_to_hub:
-        check_hub(repo)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, config.dtype)
+        repo = check_hub(repo)
+    is_original = config.base == "original" and config.load_in_4bit
     stored = load_config(config.model, config.trust_remote_code)
-    if config.base == "original" and getattr(stored, "quantization_config", None) is not None:
+    if is_original and getattr(stored, "quantization_config", None) is not None:
         raise InputError(f"--base original: {config.model} itself is quantized, there is nothing else of it")
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
     rows = sample_rows(config, tokenizer)
-    base = load_base(
-        config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
-        config.bnb_4bit_use_double_quant, config.trust_remote_code,
-    )  # fmt: skip
-    if not config.allow_other_base:
-        check_base(config.adapter, base_fingerprint(config.model), "--allow_other_base")
-    original = Weights(loaded_folder(config.model)) if config.base == "original" else None
-    model = load_adapter(base, config.adapter, is_trainable=False).eval()
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    wanted = list(predictions(model, rows, autocast))
+
+    trained = None
+    if is_original:  # how far from what was trained will it be?
+        trained = list(predictions(load(config, in_4bit=True), rows, config))
+        free_memory()
+    model = load(config, in_4bit=config.load_in_4bit and not is_original)
+    refuse_what_is_not_merged(model)
+    refuse_other_names(model, Weights(loaded_folder(config.model)))
+    wanted = list(predictions(model, rows, config))
+    with model.disable_adapter():
+        _, _, effect = differences(wanted, predictions(model, rows, config))
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with staged(output_dir) as staging:
             staging.mkdir()
-            check_space(staging, sum(_numel(p) for p in base.parameters()) * dtype.itemsize)
-            write_shards(staging, merged_tensors(model, original), dtype)
-            write_settings(staging, base, tokenizer, config)
-            del model, base  # the merged one needs the room
-            gc.collect()
-            torch.cuda.empty_cache()
-            compare(staging, wanted, dtype, device, config)
+            dtype = getattr(torch, config.dtype)
+            check_space(staging, sum(map(_numel, model.get_base_model().parameters())) * dtype.itemsize)
+            write_shards(staging, merged_tensors(model), dtype)
+            write_settings(staging, type(model.get_base_model()).__name__, tokenizer, config)
+            del model  # the merged one needs the room
+            free_memory()
+            compare(staging, wanted, trained, effect, config)
             card = model_card(repo, config.model, Path(config.adapter), is_merged=True)
             (staging / "README.md").write_text(card, encoding="utf-8")
             make_durable(staging)
@@ -114,29 +120,72 @@ def merge(config: MergeConfig) -> None:
         print(f"uploaded to {push(output_dir, repo, config.hub_private_repo)}")
 
 
-def merged_tensors(model, original: Weights | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, float32 weight or as it is) of each parameter of the base, the adapter's part added.
+def load(config: MergeConfig, in_4bit: bool):
+    """The adapter on its base; raises InputError."""
+    base = load_base(
+        config.model, getattr(torch, config.dtype), _device(), in_4bit, config.bnb_4bit_quant_type,
+        config.bnb_4bit_use_double_quant, config.trust_remote_code,
+    )  # fmt: skip
+    if not config.allow_other_base:
+        check_base(config.adapter, base_fingerprint(config.model), "--allow_other_base")
+    return load_adapter(base, config.adapter, is_trainable=False).eval()
 
-    4-bit weights are dequantized, which is what the adapter was trained on; with `original` they are read
-    from the base's own files. Names are the base's. Raises InputError for layers that it cannot merge.
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def refuse_what_is_not_merged(model) -> None:
+    """Raise InputError if the adapter has more than LoRA or DoRA on linear layers of their own."""
+    base = model.get_base_model()
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = head is not None and embeddings.weight.data_ptr() == head.weight.data_ptr()
+    for name, module in base.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise InputError(f"the adapter trains {name} beside LoRA, which is not merged here")
+        if not isinstance(module, LoraLayer):
+            continue
+        linear = module.get_base_layer()
+        if not isinstance(linear, torch.nn.Linear):
+            raise InputError(f"{name} is a {type(linear).__name__}: only linear layers are merged here")
+        if module.lora_bias.get("default"):
+            raise InputError(f"the adapter has a bias of its own at {name}, which is not merged here")
+        if tied and linear.weight.data_ptr() == embeddings.weight.data_ptr():
+            raise InputError(f"the adapter is on {name}, whose weight the embeddings share: not merged here")
+
+
+def refuse_other_names(model, files: Weights) -> None:
+    """Raise InputError if transformers has other names for the weights than their files have: what loads the
+    merged model elsewhere would not find them."""
+    for name, _ in merged_names(model):
+        if name not in files.files:
+            raise InputError(
+                f"the files of this model have no {name}: models of its kind are not merged here"
+            )
+
+
+def merged_names(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name without PEFT's additions, parameter) of the base's own parameters."""
+    for name, parameter in model.get_base_model().named_parameters():
+        if not re.search(r"\.lora_\w+\.", name):
+            yield name.replace(".base_layer.", "."), parameter
+
+
+def merged_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight) of each parameter of the base, the adapter's part added in float32.
+
+    4-bit weights are dequantized: on those the adapter was trained.
     """
     base = model.get_base_model()
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    for name, parameter in base.named_parameters():
-        if any(name.startswith(f"{layer}.lora_") for layer in layers):
-            continue
-        plain = name.replace(".base_layer.", ".")
+    for name, parameter in merged_names(model):
         weight = parameter.detach()
         if getattr(parameter, "quant_state", None) is not None:
             weight = dequantize_4bit(weight, parameter.quant_state)
-        if original is not None:
-            try:
-                weight = original.tensor(plain).to(weight.device)
-            except KeyError as error:
-                raise InputError(f"--base original: the base's files have no {plain}") from error
-        if plain.endswith(".weight") and plain.removesuffix(".weight") in layers:
-            weight = add_lora(weight.float(), layers[plain.removesuffix(".weight")])
-        yield plain, weight
+        if name.endswith(".weight") and name.removesuffix(".weight") in layers:
+            weight = add_lora(weight.float(), layers[name.removesuffix(".weight")])
+        yield name, weight
 
 
 @torch.no_grad()
@@ -180,13 +229,13 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtyp
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_settings(folder: Path, base, tokenizer, config: MergeConfig) -> None:
+def write_settings(folder: Path, architecture: str, tokenizer, config: MergeConfig) -> None:
     """What a model's folder has beside the weights: configuration, generation settings, tokenizer."""
     settings = load_config(config.model, config.trust_remote_code)
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config
     settings.dtype = config.dtype
-    settings.architectures = [type(base).__name__]
+    settings.architectures = [architecture]
     settings.save_pretrained(folder)
     try:
         GenerationConfig.from_pretrained(config.model).save_pretrained(folder)
@@ -205,7 +254,8 @@ def sample_rows(config: MergeConfig, tokenizer) -> list[torch.Tensor]:
     else:
         located = [(f"text {number}", {config.dataset_text_field: text}) for number, text in enumerate(TEXT)]
         rows = tokenize_window(located, tokenizer, row_format="text", **settings)
-    rows = cut_rows(rows, choose_max_length("512", rows.whole_lengths, model_config), model_config.vocab_size)
+    context = getattr(model_config, "max_position_embeddings", None) or 512
+    rows = cut_rows(rows, min(512, context), model_config.vocab_size)
     sample, tokens = [], 0
     for ids, _ in (rows[number] for number in range(len(rows))):
         sample.append(ids[: MOST_TOKENS - tokens][None])
@@ -216,33 +266,53 @@ def sample_rows(config: MergeConfig, tokenizer) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def predictions(model, rows: list[torch.Tensor], autocast) -> Iterator[Prediction]:
+def predictions(model, rows: list[torch.Tensor], config: MergeConfig) -> Iterator[Prediction]:
     """The log-probabilities of the next token at every position but the last, row by row."""
+    dtype = getattr(torch, config.dtype)
     for ids in rows:
-        with autocast():
+        with torch.autocast(_device().type, dtype=dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1]
         yield Prediction(ids[0], log_softmax(logits.float(), dim=-1).cpu())
 
 
-def compare(folder: Path, wanted: list[Prediction], dtype: torch.dtype, device, config: MergeConfig) -> None:
-    """Load the merged model and hold it against the adapter on its base; raises InputError above --max_kl."""
+def compare(
+    folder: Path,
+    wanted: list[Prediction],
+    trained: list[Prediction] | None,
+    effect: float,
+    config: MergeConfig,
+) -> None:
+    """Load the merged model and hold it against the adapter on its base; raises InputError if it differs.
+
+    Too far is --max_kl, or a tenth of the adapter's own `effect` on the base, its KL divergence. `trained`
+    are the predictions of the adapter on the 4-bit base, where it is merged into another.
+    """
     try:
-        merged = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map="auto" if device.type == "cuda" else None, use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-        ).eval()  # fmt: skip
+        with tempfile.TemporaryDirectory() as overflow:
+            merged = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, config.dtype), use_safetensors=True, offload_folder=overflow,
+                device_map="auto" if _device().type == "cuda" else None,
+                trust_remote_code=config.trust_remote_code,
+            ).eval()  # fmt: skip
+            rows = [prediction.ids[None] for prediction in wanted]
+            before, after, kl = differences(wanted, predictions(merged, rows, config))
+            from_trained = trained and differences(trained, predictions(merged, rows, config))
     except (ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"the merged model cannot be loaded again: {first_line(error)}") from error
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    got = predictions(merged, [prediction.ids[None] for prediction in wanted], autocast)
-    before, after, kl = differences(wanted, got)
     print(
-        f"perplexity {before:.4f} with the adapter, {after:.4f} merged; KL divergence {kl:.2e} nats a token"
+        f"perplexity {before:.4f} with the adapter, {after:.4f} merged; KL divergence {kl:.2e} nats a token "
+        f"(the adapter itself makes {effect:.2e})"
     )
-    if not kl <= config.max_kl:
+    if from_trained:
+        print(
+            f"the adapter on the 4-bit base, where it was trained: perplexity {from_trained[0]:.4f}, KL "
+            f"divergence {from_trained[2]:.2e}"
+        )
+    limit = min(config.max_kl, max(effect / 10, LEAST_KL))
+    if not kl <= limit:
         raise InputError(
-            f"the merged model is not what was trained: a KL divergence of {kl:.2e} nats a token, more than "
-            f"--max_kl {config.max_kl:g}; nothing was written"
+            f"the merged model is not the adapter on its base: a KL divergence of {kl:.2e} nats a token, "
+            f"more than {limit:.2e} (--max_kl, or a tenth of the adapter's own); nothing was written"
         )
 
 
@@ -257,6 +327,10 @@ def differences(wanted: list[Prediction], got: Iterable[Prediction]) -> tuple[fl
         kl += (one.log_probabilities.exp() * difference).sum(dtype=torch.float64).item()
         tokens += len(targets)
     return *(math.exp(loss / tokens) for loss in losses), max(kl / tokens, 0.0)  # rounding is below 0 too
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:

@@ -1,16 +1,15 @@
 """What quantization to 4 bits does to a model: the error of each layer, the bits a weight really takes."""
 
-import json
 import math
-from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from qlora.errors import InputError
+from qlora.errors import InputError, first_line
 from qlora.model import load_config
+from qlora.runs import table
 from qlora.weights import fetch_weights
 
 GB = 2**30
@@ -28,7 +27,10 @@ def quantization_report(model: str, device: torch.device, trust_remote_code: boo
     config = load_config(model, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"--quantization {model} is quantized already: give the original model")
-    names, weights = linear_layers(config, trust_remote_code), fetch_weights(model)
+    names = linear_layers(config, trust_remote_code)
+    if not names:
+        raise InputError(f"--quantization {model} has no linear layers")
+    weights = fetch_weights(model)
     layers = []
     for name in tqdm(names, unit="layer"):
         try:
@@ -52,9 +54,12 @@ def quantization_report(model: str, device: torch.device, trust_remote_code: boo
 
 
 def linear_layers(config, trust_remote_code: bool) -> list[str]:
-    """Names of the layers that are held in 4 bits: all linear ones but the output head."""
-    with torch.device("meta"):  # shapes only
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    """Names of the layers that are held in 4 bits: all linear ones but the output head. Raises InputError."""
+    try:
+        with torch.device("meta"):  # shapes only
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise InputError(f"--quantization: this is no causal language model: {first_line(error)}") from error
     head = model.get_output_embeddings()
     return [
         name
@@ -99,23 +104,3 @@ def describe_quantization(report: dict) -> str:
     rows.append(["bits a weight", *(f"{report['total'][name]['bits']:.3f}" for name in SCHEMES)])
     memory = ", ".join(f"{name} {gb:.3g} GB" for name, gb in report["memory_gb"].items())
     return f"error |W - Q(W)| / |W|\n{table(rows)}\nmemory of all weights: {memory}"
-
-
-def table(rows: list[list[str]]) -> str:
-    """Columns of text: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if number == 0 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def save_json(report: dict, path: Path) -> None:
-    """Raises InputError if the file cannot be written."""
-    try:
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--output_file {path} cannot be written: {error.strerror}") from error

@@ -45,7 +45,7 @@ def read_metrics(folder: Path) -> list[dict]:
             values = json.loads(line)
         except ValueError:  # cut short by a kill
             continue
-        if isinstance(values, dict) and _is_number(values.get("step")):
+        if isinstance(values, dict) and is_number(values.get("step")):
             lines.append(values)
     if not lines:
         raise InputError(f"{path} has no line that can be read")
@@ -65,19 +65,20 @@ def read_flags(folder: Path) -> dict:
     return flags
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
+    """Whether a value of a JSON line is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def series(metrics: list[dict], name: str) -> tuple[list[float], list[float]]:
     """(steps, values) of all lines in which the value is a finite number."""
-    lines = [line for line in metrics if _is_number(line.get(name))]
+    lines = [line for line in metrics if is_number(line.get(name))]
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 def best_evaluation(metrics: list[dict]) -> dict | None:
     """The line with the lowest eval_loss, the first of equal ones."""
-    lines = [line for line in metrics if _is_number(line.get("eval_loss"))]
+    lines = [line for line in metrics if is_number(line.get("eval_loss"))]
     return min(lines, key=lambda line: line["eval_loss"], default=None)
 
 
@@ -98,13 +99,20 @@ def compare_table(runs: list[Run]) -> str:
         | _results(run.metrics)
         for run in runs
     ]
-    columns = []
-    for name in rows[0]:
-        cells = [name, *(row[name] for row in rows)]
-        width = max(len(cell) for cell in cells)
-        is_text = name == "run" or name in flags
-        columns.append([cell.ljust(width) if is_text else cell.rjust(width) for cell in cells])
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns))
+    return table([list(rows[0]), *(list(row.values()) for row in rows)], text_columns=1 + len(flags))
+
+
+def table(rows: list[list[str]], text_columns: int = 1) -> str:
+    """Aligned columns: the first ones, which hold text, to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if number < text_columns else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _show_flag(value) -> str:

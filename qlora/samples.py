@@ -1,10 +1,6 @@
 """Answers of the base and of base + adapter to the same prompts, side by side."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-
-import torch
-from peft import PeftModel
 
 from qlora.generation import PromptWriter, generate, read_prompts
 
@@ -23,30 +19,22 @@ class Samples:
         self.texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in self.prompts]
 
     def ask(self, model, autocast, stop) -> list[dict] | None:
-        """{"prompt", "base", "tuned"} of each prompt; None once `stop` is true, or if memory runs out."""
+        """{"prompt", "base", "tuned"} of each prompt; None once `stop` is true."""
 
         def answers() -> list[str]:
             options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "stop": stop}
             return [generate(model, self.tokenizer, [ids], autocast, **options)[0] for ids in self.prompts]
 
-        try:
-            tuned = answers()
-            if not self.base:
-                with without(model):
-                    base = answers()
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return None
+        tuned = answers()
+        base = self.base
+        if not base:
+            with model.disable_adapter():
+                base = answers()
         if stop:
             return None
-        self.base = self.base or base
+        self.base = base
         names = "prompt", "base", "tuned"
         return [dict(zip(names, texts)) for texts in zip(self.texts, self.base, tuned)]
-
-
-def without(model):
-    """A context in which the model answers as its base does; without an adapter it always does."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
 def read_samples(path: str, writer: PromptWriter, max_new_tokens: int) -> Samples:

@@ -1,20 +1,21 @@
 """How good answers are: the same as the reference, code that parses, CodeBLEU."""
 
 import ast
+import logging
 import re
 import warnings
 from statistics import mean
 
 from qlora.errors import InputError
 
-FENCED = re.compile(r"```\w*\n(.*?)(?:```|\Z)", re.DOTALL)
+FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 PARTS = {  # codebleu's name: ours
     "ngram_match_score": "ngram", "weighted_ngram_match_score": "weighted_ngram",
     "syntax_match_score": "syntax", "dataflow_match_score": "dataflow",
 }  # fmt: skip
 
 
-def score(answers: list[str], references: list[str], is_code: bool) -> dict[str, float]:
+def score(answers: list[str], references: list[str], is_code: bool) -> dict[str, float | None]:
     """Each score of `answers` to as many `references`, from 0 to 1; those of code for Python."""
     pairs = list(zip(answers, references, strict=True))
     scores = {"exact_match": mean(float(answer.strip() == wanted.strip()) for answer, wanted in pairs)}
@@ -39,14 +40,24 @@ def parses(code: str) -> bool:
         return False
 
 
-def codebleu(answers: list[str], references: list[str]) -> dict[str, float]:
-    """CodeBLEU (arXiv 2009.10297) over all pairs: its four parts, and their mean.
+def codebleu(answers: list[str], references: list[str]) -> dict[str, float | None]:
+    """CodeBLEU (arXiv 2009.10297) over all pairs: the mean of its parts, and the four parts.
 
-    The mean is taken here: the package counts a dataflow match of 0 as 1.
+    The dataflow is None, and no part of the mean, if no reference has any. The mean is taken here: the
+    package counts a dataflow match of 0 as 1.
     """
-    parts = calc_codebleu()([[wanted] for wanted in references], answers, lang="python")
+    calc = calc_codebleu()
+    logging.disable(logging.WARNING)  # of references without a dataflow, which None says
+    try:
+        parts = calc([[wanted] for wanted in references], answers, lang="python")
+        whole = calc([[wanted] for wanted in references], references, lang="python")
+    finally:
+        logging.disable(logging.NOTSET)
     named = {ours: float(parts[theirs]) for theirs, ours in PARTS.items()}
-    return {"codebleu": mean(named.values())} | {f"codebleu_{name}": part for name, part in named.items()}
+    if not whole["dataflow_match_score"]:
+        named["dataflow"] = None
+    scores = {"codebleu": mean(part for part in named.values() if part is not None)}
+    return scores | {f"codebleu_{name}": part for name, part in named.items()}
 
 
 def calc_codebleu():

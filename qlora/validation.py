@@ -22,14 +22,16 @@ def evaluate_loss(
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     done = 0
-    for indices in batches:
-        if stop:
-            break
-        (batch,) = micro_batches(rows, [[index] for index in indices], len(indices), pad_id)
-        with autocast():
-            total += next_token_loss(model, to_device(batch, model.device), plain_head)
-        done += len(indices)
-    model.train(was_training)
+    try:
+        for indices in batches:
+            if stop:
+                break
+            (batch,) = micro_batches(rows, [[index] for index in indices], len(indices), pad_id)
+            with autocast():
+                total += next_token_loss(model, to_device(batch, model.device), plain_head)
+            done += len(indices)
+    finally:
+        model.train(was_training)
     return total.item() / rows.targets if done == len(rows) else None
 
 

@@ -20,10 +20,13 @@ def loaded_folder(model: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder that are there."""
+    """The safetensors files of a model's folder that are there; raises InputError for a damaged index."""
     names = {SINGLE}
     if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        try:
+            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder / INDEX} is damaged: {error!r}") from error
     return [folder / name for name in sorted(names) if (folder / name).is_file()]
 
 
@@ -32,12 +35,12 @@ class Weights:
 
     def __init__(self, folder: Path):
         self.files = {}
-        try:
-            for path in weight_files(folder):
+        for path in weight_files(folder):
+            try:
                 file = safe_open(path, framework="pt")
-                self.files |= dict.fromkeys(file.keys(), file)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+            self.files |= dict.fromkeys(file.keys(), file)
         if not self.files:
             raise InputError(f"{folder} has no {SINGLE}, nor the files of a {INDEX}")
 

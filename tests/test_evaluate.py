@@ -33,7 +33,7 @@ def test_the_tuned_loss_on_held_out_rows_is_the_one_that_was_logged(run, base, r
     flags = "--max_steps 4 --validation_split 0.2 --seed 7 --max_length 24 --no_completion_only_loss"
     _, folder = run(flags)
     logged = [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line][-1]
-    held_out = "--validation_split", "0.2", "--seed", "7"
+    held_out = "--validation_split", "0.2"  # the adapter knows the seed
     report, shown = tell("--model", base, "--adapter", folder, "--dataset", rows_file, *held_out)
     assert report["tuned"]["loss"] == pytest.approx(logged, rel=1e-6)
     assert report["tuned"]["perplexity"] == pytest.approx(math.exp(logged), rel=1e-6)
@@ -43,7 +43,10 @@ def test_the_tuned_loss_on_held_out_rows_is_the_one_that_was_logged(run, base, r
 
 def test_the_base_is_the_model_without_its_adapter(base, adapter, rows_file, tell):
     flags = "--dataset", rows_file, "--max_length", "64", "--dtype", "float32"
-    alone, _ = tell("--model", base, *flags, "--dataset_format", "prompt_completion")
+    alone, shown = tell(
+        "--model", base, *flags, "--prompts_file", rows_file, "--max_new_tokens", 1, "--samples", 1
+    )
+    assert " base: " in shown and "tuned" not in shown
     both, _ = tell("--model", base, "--adapter", adapter[1], *flags)
     assert "tuned" not in alone
     assert both["base"]["loss"] == pytest.approx(alone["base"]["loss"], rel=1e-6)
@@ -76,6 +79,14 @@ def test_answers_are_scored_against_their_references_for_both(base, adapter, row
     assert f"tuned: {answers[1]['tuned']}" in shown
 
 
+def test_a_reference_ends_before_its_end_of_sequence(base, tmp_path, tell):
+    (tmp_path / "chats.jsonl").write_text(
+        json.dumps({"text": "<s>[INST] What? [/INST] A cloud. </s>"}) + "\n"
+    )
+    report, _ = tell("--model", base, "--prompts_file", tmp_path / "chats.jsonl", "--max_new_tokens", 2)
+    assert report["answers"][0]["reference"] == "A cloud."
+
+
 def test_code_is_scored_by_codebleus_four_parts_and_whether_it_parses(base, tmp_path, tell):
     rows = [{"prompt": "Add.", "completion": "def add(a, b):\n    return a + b"}]
     (tmp_path / "code.jsonl").write_text(json.dumps(rows[0]) + "\n")
@@ -93,6 +104,11 @@ def test_codebleu_is_one_for_the_reference_and_nothing_for_nothing():
     renamed = codebleu([code.replace("y", "total")], [code])
     assert renamed["codebleu_syntax"] == 1 and renamed["codebleu_ngram"] < 1
     assert renamed["codebleu"] == pytest.approx(sum(list(renamed.values())[1:]) / 4)
+
+
+def test_code_without_a_dataflow_is_scored_by_the_other_three():
+    scores = codebleu(["assert 1 < 2 < 3 and not 4 > 5"], ["assert 1 < 2 < 3 and not 4 > 5"])
+    assert scores["codebleu_dataflow"] is None and scores["codebleu"] == 1
 
 
 def test_only_code_parses_and_a_fence_is_no_part_of_it():
@@ -117,7 +133,7 @@ def test_the_quantization_report_measures_what_bitsandbytes_loses(base, tell):
     report, shown = tell("--quantization", base)
     weights = load_file(Path(base) / "model.safetensors")
     linear = [name for name in weights if "_proj." in name]
-    assert [f"{layer['name']}.weight" for layer in report["layers"]].sort() == linear.sort()
+    assert sorted(f"{layer['name']}.weight" for layer in report["layers"]) == sorted(linear)
     layer = report["layers"][0]
     weight = weights[f"{layer['name']}.weight"]
     packed, state = bnb.quantize_4bit(weight, quant_type="fp4")
@@ -145,7 +161,7 @@ def test_double_quantization_takes_an_eighth_of_a_bit():
         ("--quantization m --dataset d", "--dataset means nothing with --quantization"),
         ("--model m --dataset d --code", "--code needs --prompts_file"),
         ("--model m --dataset d --validation_split test", "--validation_split must be a share or a number"),
-        ("--model m --dataset d --seed 3", "--seed needs --validation_split"),
+        ("--model m --dataset d --validation_seed 3", "--validation_seed needs --validation_split"),
         ("--model m --prompts_file f --general_split test", "--general_split needs --general_dataset"),
         ("--model m --dataset d --max_length 0", "--max_length must be a number from 1 on"),
     ],
@@ -161,9 +177,11 @@ def test_bad_files_are_named_before_anything_is_loaded(base, tmp_path, monkeypat
     monkeypatch.setattr(evaluate, "load_base", lambda *_: pytest.fail("loaded"))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "What?"}\n')
     (tmp_path / "none.jsonl").write_text("")
+    (tmp_path / "text.txt").write_text("The capital of France is Paris.\n")
     for flags, message in (
         (f"--prompts_file {tmp_path}/rows.jsonl", "rows.jsonl"),
         (f"--prompts_file {tmp_path}/none.jsonl", "none.jsonl"),
+        (f"--prompts_file {tmp_path}/text.txt", "rows of plain text have no reference answer"),
         (f"--dataset {tmp_path}/missing.jsonl", "missing.jsonl"),
         (f"--dataset {tmp_path}/rows.jsonl --output_file {tmp_path}", "--output_file"),
     ):

@@ -14,6 +14,7 @@ import pytest
 import qlora.log
 from qlora.log import RunLog, Wandb
 from tests.conftest import ROOT
+from tests.test_train import metrics
 
 
 def line(step, **values):
@@ -122,3 +123,35 @@ def test_a_resumed_run_continues_its_own_track(tmp_path):
     (tmp_path / "wandb_run_id").write_text("kept-id")
     assert Wandb(tmp_path, "name", {}, is_resumed=True).run.id == "kept-id"
     assert Wandb(tmp_path, "name", {}, is_resumed=False).run.id != "kept-id"
+
+
+def test_the_losses_are_drawn_at_every_evaluation_and_at_the_end(run, rows_file, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("qlora.log.save_loss", lambda folder: drawn.append(len(metrics(folder))))
+    run(f"--max_steps 3 --logging_steps 1 --eval_steps 2 --validation_dataset {rows_file}")
+    assert drawn == [3, 5, 5]  # lines: two losses and an evaluation, a loss and an evaluation, the end
+
+
+def test_flags_and_lengths_are_kept_beside_the_metrics(run):
+    _, folder = run("--max_steps 1 --lora_r 5")
+    assert json.loads((folder / "train_config.json").read_text())["lora_r"] == 5
+    assert {path.name for path in folder.glob("*.png")} == {"loss.png", "lengths.png"}
+
+
+def test_a_picture_that_fails_costs_a_line(run, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("qlora.log.save_lengths", fail)
+    monkeypatch.setattr("qlora.log.save_loss", fail)
+    _, folder = run("--max_steps 1")
+    assert (folder / "adapter_model.safetensors").exists()
+    assert "lacks a picture or its flags (no font)" in capsys.readouterr().out
+
+
+def test_a_line_of_somebody_else_does_not_end_a_resume(run):
+    _, folder = run("--max_steps 2 --save_steps 1 --save_total_limit 0")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('7\n{"step": null}\n[]\n')
+    run("--max_steps 2 --resume_from_checkpoint", str(folder / "checkpoint-1"))
+    assert [line["step"] for line in metrics(folder)] == [2]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from qlora import merge
 from qlora.adapter import ADAPTER
@@ -55,9 +56,10 @@ def test_its_perplexity_is_the_adapters(run, base, rows_file, tmp_path):
     assert perplexity == pytest.approx(logged, rel=1e-3)
 
 
-def test_the_original_weights_get_the_same_update(run, base, tmp_path):
+def test_the_original_weights_get_the_same_update(run, base, tmp_path, capsys):
     model, folder = run("--max_steps 3 --learning_rate 3e-2")
-    whole = merged(tmp_path / "merged", base, folder, "--base", "original", "--max_kl", "9")
+    whole = merged(tmp_path / "merged", base, folder, "--base", "original")
+    assert "the adapter on the 4-bit base, where it was trained" in capsys.readouterr().out
     before, after = (load_file(Path(path) / "model.safetensors") for path in (base, whole))
     assert before.keys() == after.keys()
     for name, layer in model.get_base_model().named_modules():
@@ -66,6 +68,54 @@ def test_the_original_weights_get_the_same_update(run, base, tmp_path):
             torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + update)
     assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+
+def peft_adapter(base, folder, **settings) -> str:
+    """An adapter as other code makes it."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **settings)
+    get_peft_model(model, config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "a bias of its own at .*q_proj"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "trains lm_head beside LoRA"),
+        ({"target_modules": ["embed_tokens"]}, "is a Embedding: only linear layers"),
+    ],
+)
+def test_an_adapter_with_more_than_lora_is_refused_by_name(base, tmp_path, settings, message):
+    adapter = peft_adapter(base, tmp_path / "adapter", **settings)
+    with pytest.raises(SystemExit, match=message):
+        merged(tmp_path / "merged", base, adapter, "--dtype", "float32", "--no_load_in_4bit")
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_an_adapter_on_a_weight_that_two_layers_share_is_refused(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    load_tokenizer(base).save_pretrained(tmp_path / "tied")
+    adapter = peft_adapter(tmp_path / "tied", tmp_path / "adapter", target_modules=["lm_head"])
+    with pytest.raises(SystemExit, match=r"on lm_head, whose weight the embeddings share"):
+        merged(
+            tmp_path / "merged", str(tmp_path / "tied"), adapter, "--dtype", "float32", "--no_load_in_4bit"
+        )
+
+
+def test_gpt2s_layers_are_refused_in_one_line(base, tmp_path):
+    config = GPT2Config(vocab_size=448, n_embd=64, n_layer=1, n_head=2, n_positions=256)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    load_tokenizer(base).save_pretrained(tmp_path / "gpt2")
+    adapter = peft_adapter(
+        tmp_path / "gpt2", tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True
+    )
+    for flags in ("--no_load_in_4bit", "--load_in_4bit"):
+        with pytest.raises(SystemExit, match=r"merged here|cannot be loaded again|has no|have no"):
+            merged(tmp_path / "merged", str(tmp_path / "gpt2"), adapter, "--dtype", "float32", flags)
 
 
 def test_many_shards_are_one_model(run, base, tmp_path, monkeypatch):
@@ -115,7 +165,7 @@ def test_a_merged_model_that_answers_otherwise_is_refused_and_leaves_nothing(
 ):
     _, folder = run("--max_steps 3 --learning_rate 3e-2 --lora_target_modules all-linear")
     monkeypatch.setattr(merge, "add_lora", lambda weight, layer: weight)
-    with pytest.raises(SystemExit, match=r"not what was trained: a KL divergence of .* --max_kl 0.01"):
+    with pytest.raises(SystemExit, match=r"is not the adapter on its base: a KL divergence of .*--max_kl"):
         merged(tmp_path / "merged", base, folder)
     assert not list(tmp_path.glob("merged*"))
 

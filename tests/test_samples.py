@@ -1,6 +1,8 @@
 """--sample_prompts: what base and tuned model answer at every evaluation."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,23 +44,26 @@ def test_the_base_answers_without_the_adapter(run, base, prompts, rows_file):
     assert [sample["tuned"] for sample in tame] == [sample["base"] for sample in tame]
 
 
-class Model(torch.nn.Module):
-    device = torch.device("cpu")
+def test_a_sample_that_fails_costs_the_samples_alone(run, rows_file, prompts, monkeypatch, capsys):
+    flags = f"--max_steps 3 --eval_steps 1 --lora_dropout 0.2 --validation_dataset {rows_file}"
+    want = adapter(run(flags, out="plain")[1])
 
-
-def test_no_memory_for_samples_costs_the_samples_alone(tokenizer, monkeypatch):
     def runs_out(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("qlora.samples.generate", runs_out)
-    assert Samples([[1, 2]], tokenizer, 4).ask(Model(), None, stop=False) is None
+    monkeypatch.setattr("transformers.GenerationMixin.generate", runs_out)
+    _, folder = run(flags, f"--sample_prompts {prompts}")
+    assert_same(adapter(folder), want)  # with dropout: the model was in training mode again
+    assert capsys.readouterr().out.count("no samples (CUDA out of memory)") == 3
+    assert not any("samples" in line for line in metrics(folder))
 
 
 def test_samples_that_were_stopped_are_not_logged(tokenizer, monkeypatch):
     monkeypatch.setattr("qlora.samples.generate", lambda *_, **__: ["half an ans"])
+    model = SimpleNamespace(disable_adapter=nullcontext)
     samples = Samples([[1, 2]], tokenizer, 4)
-    assert samples.ask(Model(), None, stop=True) is None
-    (answered,) = samples.ask(Model(), None, stop=False)
+    assert samples.ask(model, None, stop=True) is None
+    (answered,) = samples.ask(model, None, stop=False)
     assert answered["tuned"] == answered["base"] == "half an ans"
 
 
