@@ -187,7 +187,7 @@ def trained(base, data_of, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for name in ("build_optimizer", "lr_at", "clip_grad_norm_"):
                 patch.setattr(train, name, telling(getattr(train, name), name, told))
-            patch.setattr(train, "check_hub", lambda repo: None)
+            patch.setattr(train, "check_hub", lambda name: name)
             patch.setattr(train, "push", telling(lambda folder, repo, is_private: "hub", "push", told))
             train.train(parse_args(TrainConfig, [*trainings(system)[0], *changed]))
         return SimpleNamespace(folder=folder, told=told)

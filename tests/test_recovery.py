@@ -352,7 +352,7 @@ def stopped_in_evaluation(run, monkeypatch, step: int, *flags: str) -> int:
         def step_done(log):
             done(log)
             if log.bar.n == step:
-                patch.setattr(qlora.evaluate, "next_token_loss", batch)
+                patch.setattr(qlora.validation, "next_token_loss", batch)
 
         patch.setattr(train.RunLog, "step_done", step_done)
         run(*flags)
@@ -546,7 +546,7 @@ def test_memory_that_runs_out_in_an_evaluation_costs_nothing(run, rows_file, mon
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch, pytest.raises(InputError, match="goes on after step 6"):
-        patch.setattr(qlora.evaluate, "next_token_loss", running_out)
+        patch.setattr(qlora.validation, "next_token_loss", running_out)
         run(flags)
     run(flags, ON)
     assert metrics(tmp_path / "out")[-1] == metrics(folder)[-1]
