@@ -210,7 +210,8 @@ class Fault:
 
         monkeypatch.setattr(train, "plan_layers", planned)
         for module, name in (
-            (os, "fsync"), (os, "rename"), (os, "replace"), (Path, "write_text"), (Path, "chmod"),
+            (os, "fsync"), (os, "rename"), (os, "replace"), (Path, "write_text"), (Path, "write_bytes"),
+            (Path, "chmod"),
             (qlora.checkpoint, "save_file"), (qlora.checkpoint, "save_adapter"),
             (qlora.adapter, "save_adapter"), (qlora.checkpoint, "check_space"), (shutil, "rmtree"),
         ):  # fmt: skip
