@@ -444,6 +444,12 @@ class AdaptedModel:
         False, "Go on although the adapter was trained on another base than --model, as far as one can tell."
     )
 
+    def check_given(self, given: set[str]) -> None:
+        """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
+        if not self.load_in_4bit:
+            names = "bnb_4bit_quant_type bnb_4bit_use_double_quant"
+            _refuse(given, names, "means nothing with --no_load_in_4bit")
+
 
 @dataclass
 class GenerateConfig(AdaptedModel):
@@ -507,13 +513,9 @@ class GenerateConfig(AdaptedModel):
             raise ValueError("--output_file needs --prompts_file")
 
     def check_given(self, given: set[str]) -> None:
-        """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
+        super().check_given(given)
         if not self.do_sample:
             _refuse(given, "temperature top_p top_k seed", "needs --do_sample")
-        if not self.load_in_4bit:
-            _refuse(
-                given, "bnb_4bit_quant_type bnb_4bit_use_double_quant", "means nothing with --no_load_in_4bit"
-            )
         if not self.prompts_file:
             _refuse(given, "batch_size", "needs --prompts_file")
 
@@ -607,13 +609,10 @@ class EvaluateConfig(AdaptedModel):
             )
 
     def check_given(self, given: set[str]) -> None:
-        """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
         if self.quantization:
             others = given - {"quantization", "trust_remote_code", "output_file"}
             _refuse(given, " ".join(sorted(others)), "means nothing with --quantization")
-        if not self.load_in_4bit:
-            names = "bnb_4bit_quant_type bnb_4bit_use_double_quant"
-            _refuse(given, names, "means nothing with --no_load_in_4bit")
+        super().check_given(given)
         if not self.dataset:
             _refuse(given, "dataset_config split validation_split", "needs --dataset")
         if not self.validation_split:
@@ -670,10 +669,7 @@ class MergeConfig(AdaptedModel):
             raise ValueError("--adapter is missing: what is to be merged into --model?")
 
     def check_given(self, given: set[str]) -> None:
-        """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
-        if not self.load_in_4bit:
-            names = "bnb_4bit_quant_type bnb_4bit_use_double_quant"
-            _refuse(given, names, "means nothing with --no_load_in_4bit")
+        super().check_given(given)
         if not self.dataset:
             _refuse(given, "split", "needs --dataset")
         if not self.push_to_hub:
