@@ -14,12 +14,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DATASETS_CACHE"] = CACHE = tempfile.mkdtemp(prefix="qlora-tests-")
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
