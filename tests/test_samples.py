@@ -2,12 +2,15 @@
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from qlora.errors import InputError
+from qlora.generation import generate
 from qlora.log import _log_wandb
 from qlora.samples import Samples
 from tests.conftest import ROWS
@@ -90,3 +93,19 @@ def test_a_prompt_that_cannot_be_used_ends_the_run_before_the_model_loads(
         run(flags, f"{tmp_path}/bad.jsonl")
     with pytest.raises(InputError, match=r"none\.jsonl"):
         run(flags, f"{tmp_path}/none.jsonl")
+
+
+def test_an_answer_ends_where_the_run_is_asked_to_stop(base, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(base)
+
+    class Stop:
+        looked = 0
+
+        def __bool__(self):
+            self.looked += 1
+            return self.looked >= 3
+
+    ask = partial(
+        generate, model, tokenizer, [[1, 300, 301]], nullcontext, max_new_tokens=20, min_new_tokens=20
+    )
+    assert len(tokenizer(ask()[0])["input_ids"]) > len(tokenizer(ask(stop=Stop())[0])["input_ids"])
