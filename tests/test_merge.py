@@ -160,13 +160,14 @@ def test_a_folder_like_any_other_with_settings_tokenizer_and_card(run, base, tmp
     assert AutoModelForCausalLM.from_pretrained(whole).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("max_kl", ["0.01", "9"])  # 9: then by the adapter's own effect
 def test_a_merged_model_that_answers_otherwise_is_refused_and_leaves_nothing(
-    run, base, tmp_path, monkeypatch, capsys
+    run, base, tmp_path, monkeypatch, max_kl
 ):
     _, folder = run("--max_steps 3 --learning_rate 3e-2 --lora_target_modules all-linear")
     monkeypatch.setattr(merge, "add_lora", lambda weight, layer: weight)
     with pytest.raises(SystemExit, match=r"is not the adapter on its base: a KL divergence of .*--max_kl"):
-        merged(tmp_path / "merged", base, folder)
+        merged(tmp_path / "merged", base, folder, "--max_kl", max_kl)
     assert not list(tmp_path.glob("merged*"))
 
 
