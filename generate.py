@@ -4,37 +4,31 @@ One prompt, a file of prompts or, with neither, an interactive chat. Flags: Gene
 """
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
 import transformers
 from tqdm import tqdm
 
-from qlora.adapter import check_base, load_adapter, parse_for_adapter
+from qlora.adapted import compute_of, load_base_of, parse_for_adapter
+from qlora.adapter import load_adapter
 from qlora.config import GenerateConfig
 from qlora.errors import InputError
-from qlora.fingerprint import base_fingerprint
-from qlora.generation import PromptWriter, generate, read_prompts
-from qlora.model import load_base, load_config, load_tokenizer
+from qlora.files import check_output_file
+from qlora.generation import PromptWriter, generate, read_prompts, room_for_prompt
+from qlora.model import load_config, load_tokenizer
 
 
 def main(config: GenerateConfig) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, config.dtype)
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
-    context = getattr(model_config, "max_position_embeddings", math.inf)
-    if config.max_new_tokens >= context:
-        raise InputError(f"--max_new_tokens {config.max_new_tokens} leaves no room in a context of {context}")
     writer = PromptWriter(
         tokenizer,
         row_format="text" if config.dataset_format == "auto" else config.dataset_format,
         text_field=config.dataset_text_field,
-        max_tokens=context - config.max_new_tokens,
+        max_tokens=room_for_prompt(model_config, config.max_new_tokens, "max_new_tokens"),
     )
 
     # Prompts before the model: a bad row should not cost the minutes that loading takes.
@@ -43,8 +37,7 @@ def main(config: GenerateConfig) -> None:
         output_file = Path(config.output_file or prompts_file.with_suffix(".answers.jsonl"))
         if output_file.resolve() == prompts_file.resolve():
             raise InputError(f"--output_file {output_file} would overwrite the prompts")
-        if output_file.is_dir() or not output_file.parent.is_dir():
-            raise InputError(f"--output_file {output_file} must be a file in a folder that is there")
+        check_output_file(output_file)
         prompts = read_prompts(config.prompts_file, writer)
         for where, row, _ in prompts:
             if "answer" in row:
@@ -52,15 +45,10 @@ def main(config: GenerateConfig) -> None:
     elif config.prompt is not None:
         prompt = writer.chat([{"role": "user", "content": config.prompt}])
 
-    model = load_base(
-        config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
-        config.bnb_4bit_use_double_quant, config.trust_remote_code,
-    )  # fmt: skip
+    model = load_base_of(config)
     if config.adapter:
-        if not config.allow_other_base:
-            check_base(config.adapter, base_fingerprint(config.model), "--allow_other_base")
         model = load_adapter(model, config.adapter, is_trainable=False)
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+    _, autocast = compute_of(config)
     options = {
         "max_new_tokens": config.max_new_tokens,
         "repetition_penalty": config.repetition_penalty,

@@ -46,7 +46,7 @@ from qlora.data import WINDOW_ROWS, load_data, to_device
 from qlora.errors import InputError, first_line
 from qlora.files import check_space, damage, lock_folder, remove_leftovers
 from qlora.fingerprint import base_fingerprint, refuse_changes, rows_fingerprint, tokenizer_fingerprint
-from qlora.generation import PromptWriter
+from qlora.generation import PromptWriter, room_for_prompt
 from qlora.hub import check_hub, model_card, push
 from qlora.layers import decoder_layers
 from qlora.loader import make_loader, make_order
@@ -106,8 +106,7 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     same()
     samples = None
     if config.sample_prompts:
-        context = getattr(model_config, "max_position_embeddings", math.inf)
-        room = context - config.sample_max_new_tokens
+        room = room_for_prompt(model_config, config.sample_max_new_tokens, "sample_max_new_tokens")
         writer = PromptWriter(tokenizer, train_rows.row_format, config.dataset_text_field, room)
         samples = read_samples(config.sample_prompts, writer, config.sample_max_new_tokens)
     pad_id = tokenizer.eos_token_id  # padding is told apart by position, never by its id, so any id serves

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 
-from qlora.config import parse_args
 from qlora.errors import InputError, first_line
 from qlora.files import make_durable, staged
 
@@ -153,27 +151,6 @@ def load_settings(adapter: str) -> dict:
     InputError."""
     settings = _settings(adapter)
     return {name: settings[name] for name in KEPT_FLAGS + KEPT_FOR_EVALUATION if name in settings}
-
-
-def parse_for_adapter(config_class, argv: list[str] | None = None, program: str | None = None):
-    """The command line of a `config_class` with --adapter; what it leaves open is as the adapter was trained.
-
-    Raises InputError if there is no such adapter.
-    """
-    config = parse_args(config_class, argv, program=program)
-    if not config.adapter:
-        return config
-    check_adapter(config.adapter)
-    settings = load_settings(config.adapter)
-    if not settings:
-        unknown = f"{config.adapter} has no {SETTINGS}: prompts are plain text, or as flags say"
-        print(unknown, file=sys.stderr)
-        return config
-    settings = {name: value for name, value in settings.items() if hasattr(config, name)}
-    config = parse_args(config_class, argv, defaults=settings, program=program)
-    if getattr(config, "dataset_format", None) == "auto":
-        config.dataset_format = settings["dataset_format"]
-    return config
 
 
 def check_base(adapter: str, base: str, flag: str) -> None:

@@ -13,6 +13,9 @@ from transformers import HfArgumentParser
 from qlora.errors import InputError
 from qlora.rows import parse_split
 
+ComputeType = Literal["float16", "bfloat16", "float32"]
+RowFormat = Literal["auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"]
+
 
 def flag(default, help: str):
     """A dataclass field with a help text; lists are copied for each instance."""
@@ -59,7 +62,7 @@ class TrainConfig:
         "LoRA adapter folder (or hub id) to train further; its own rank, alpha, dropout and targets are "
         "kept.",
     )
-    dtype: Literal["float16", "bfloat16", "float32"] = flag(
+    dtype: ComputeType = flag(
         "float16",
         "Compute type of the autocast forward and of the unquantized base weights. float16 runs on every "
         "CUDA card and is loss-scaled; bfloat16 needs Ampere or newer and no scaling, and is the safer one "
@@ -122,9 +125,9 @@ class TrainConfig:
     split: str = flag(
         "train", "Split to train on; slices such as train[:1000] or train[:90%%] work for files too."
     )
-    dataset_format: Literal[
-        "auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"
-    ] = flag("auto", "Row format. auto recognises it from the columns (and a text column's markers).")
+    dataset_format: RowFormat = flag(
+        "auto", "Row format. auto recognises it from the columns (and a text column's markers)."
+    )
     dataset_text_field: str = flag("text", "Name of the column that holds the text of text rows.")
     completion_only_loss: bool = flag(
         True,
@@ -433,7 +436,7 @@ class AdaptedModel:
         }
     )
     adapter: str | None = flag(None, "LoRA adapter folder (or hub id). Without it: the base alone.")
-    dtype: Literal["float16", "bfloat16", "float32"] = flag(
+    dtype: ComputeType = flag(
         "float16", "Compute type. This and the next three: as in the training, where the adapter says it."
     )
     load_in_4bit: bool = flag(True, "Quantize the base to 4 bits.")
@@ -468,9 +471,7 @@ class GenerateConfig(AdaptedModel):
         "NAME.answers.jsonl.",
     )
     batch_size: int = flag(8, "Prompts answered at once with --prompts_file (left-padded).")
-    dataset_format: Literal[
-        "auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"
-    ] = flag(
+    dataset_format: RowFormat = flag(
         "auto", "How a prompt is wrapped. auto: as in the training, or as plain text if that is unknown."
     )
     dataset_text_field: str = flag(
@@ -536,9 +537,9 @@ class EvaluateConfig(AdaptedModel):
         "(0.05, 5%%) or a number of rows.",
     )
     validation_seed: int = flag(42, "The training's --seed; as in the training, where the adapter says it.")
-    dataset_format: Literal[
-        "auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"
-    ] = flag("auto", "Row format. This and the next three: as in the training, where the adapter says it.")
+    dataset_format: RowFormat = flag(
+        "auto", "Row format. This and the next three: as in the training, where the adapter says it."
+    )
     dataset_text_field: str = flag("text", "Name of the column that holds the text of text rows.")
     completion_only_loss: bool = flag(True, "Count the loss on answers only.")
     max_length: str = flag("max", "Longest row in tokens: a number, a percentile (p90), or max.")
@@ -651,9 +652,9 @@ class MergeConfig(AdaptedModel):
         "that comes along.",
     )
     split: str = flag("train", "Split of --dataset.")
-    dataset_format: Literal[
-        "auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"
-    ] = flag("auto", "Row format of --dataset; as in the training, where the adapter says it.")
+    dataset_format: RowFormat = flag(
+        "auto", "Row format of --dataset; as in the training, where the adapter says it."
+    )
     dataset_text_field: str = flag("text", "Name of the column that holds the text of text rows.")
     push_to_hub: bool = flag(False, "Upload the merged model with its model card to the Hugging Face hub.")
     hub_model_id: str | None = flag(

@@ -9,23 +9,21 @@ import math
 import signal
 import sys
 import tempfile
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from qlora.adapter import check_base, load_adapter, parse_for_adapter
+from qlora.adapted import compute_of, load_base_of, parse_for_adapter
+from qlora.adapter import load_adapter
 from qlora.config import EvaluateConfig
 from qlora.data import choose_max_length, cut_rows, tokenize_source
 from qlora.errors import InputError
-from qlora.files import replace_file
-from qlora.fingerprint import base_fingerprint
-from qlora.generation import PromptWriter, generate, read_prompts
+from qlora.files import check_output_file, replace_file
+from qlora.generation import PromptWriter, generate, read_prompts, room_for_prompt
 from qlora.log import side_by_side
 from qlora.loss import has_plain_head
-from qlora.model import load_base, load_config, load_tokenizer
+from qlora.model import load_config, load_tokenizer
 from qlora.prompts import DropRow, row_segments
 from qlora.quantization import describe_quantization, quantization_report
 from qlora.rows import RowSource, read_rows
@@ -41,12 +39,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = parse_for_adapter(EvaluateConfig, argv, PROGRAM)
         output_file = where_to_write(config)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if config.quantization:
+            device, _ = compute_of(config)
             report = quantization_report(config.quantization, device, config.trust_remote_code)
             shown = describe_quantization(report)
         else:
-            report = evaluate(config, device)
+            report = evaluate(config)
             shown = describe(report)
             if config.samples:
                 shown += "\n" + side_by_side(report["answers"][: config.samples])
@@ -63,10 +61,9 @@ def where_to_write(config: EvaluateConfig) -> Path:
     name = "quantization.json" if config.quantization else "evaluation.json"
     is_local = config.adapter and Path(config.adapter).is_dir()
     output_file = Path(config.output_file or Path(config.adapter if is_local else "") / name)
-    if output_file.is_dir() or not output_file.parent.is_dir():
-        raise InputError(f"--output_file {output_file} must be a file in a folder that is there")
+    check_output_file(output_file)
     try:
-        with tempfile.TemporaryFile(dir=output_file.parent):
+        with tempfile.TemporaryFile(dir=output_file.parent):  # where it will be replaced as a whole
             pass
     except OSError as error:
         raise InputError(f"--output_file {output_file} cannot be written: {error.strerror}") from error
@@ -80,7 +77,7 @@ def save(report: dict, output_file: Path) -> None:
         raise InputError(f"--output_file {output_file} cannot be written: {error.strerror}") from error
 
 
-def evaluate(config: EvaluateConfig, device: torch.device) -> dict:
+def evaluate(config: EvaluateConfig) -> dict:
     """Everything that was asked for, as values that JSON knows: {"base": {name: value}, "tuned": ...,
     "answers": [...]}. Raises InputError."""
     # Rows and prompts before the model: a bad row should not cost the minutes that loading takes.
@@ -95,15 +92,8 @@ def evaluate(config: EvaluateConfig, device: torch.device) -> dict:
     if config.code:
         calc_codebleu()  # is it there?
 
-    dtype = getattr(torch, config.dtype)
-    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-    model = load_base(
-        config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
-        config.bnb_4bit_use_double_quant, config.trust_remote_code,
-    )  # fmt: skip
-    if config.adapter and not config.allow_other_base:
-        check_base(config.adapter, base_fingerprint(config.model), "--allow_other_base")
-
+    _, autocast = compute_of(config)
+    model = load_base_of(config)
     report = {"model": config.model, "adapter": config.adapter}
     answers = [{"prompt": prompt, "reference": reference} for prompt, _, reference in tasks]
     for name in ("base", "tuned") if config.adapter else ("base",):
@@ -149,14 +139,14 @@ def _cut(rows: TokenizedRows, config: EvaluateConfig, model_config) -> Tokenized
 
 def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> list[tuple[str, list[int], str]]:
     """(prompt, its ids, reference answer) of each row of --prompts_file."""
-    context = getattr(model_config, "max_position_embeddings", math.inf)
     row_format, text_field = config.dataset_format, config.dataset_text_field
     if row_format == "auto":
         sample = [row for _, row in islice(read_rows(config.prompts_file, config.prompts_split), SAMPLE_ROWS)]
         row_format = checked_format(sample, row_format, text_field, config.prompts_file)
     if row_format == "text":
         raise InputError(f"--prompts_file {config.prompts_file}: rows of plain text have no reference answer")
-    writer = PromptWriter(tokenizer, row_format, text_field, max_tokens=context - config.max_new_tokens)
+    room = room_for_prompt(model_config, config.max_new_tokens, "max_new_tokens")
+    writer = PromptWriter(tokenizer, row_format, text_field, max_tokens=room)
     tasks = []
     for where, row, ids in read_prompts(config.prompts_file, writer, config.prompts_split):
         try:

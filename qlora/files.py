@@ -59,6 +59,12 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def check_output_file(path: Path) -> None:
+    """Raise InputError if an --output_file cannot be one: a folder, or in none."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--output_file {path} must be a file in a folder that is there")
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raise OSError if less than `needed` bytes are free where `folder` is."""
     free = shutil.disk_usage(folder).free

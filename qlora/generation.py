@@ -1,5 +1,6 @@
 """Prompts as token ids, and answers to them in left-padded batches."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -61,6 +62,14 @@ class PromptWriter:
                 f"model's context, which leaves {self.max_tokens} for a prompt"
             )
         return ids
+
+
+def room_for_prompt(model_config, new_tokens: int, flag: str) -> float:
+    """Tokens that a prompt may have before an answer of `new_tokens`; raises InputError if there are none."""
+    context = getattr(model_config, "max_position_embeddings", math.inf)
+    if new_tokens >= context:
+        raise InputError(f"--{flag} {new_tokens} leaves no room in a context of {context}")
+    return context - new_tokens
 
 
 def read_prompts(path: str, writer: PromptWriter, split: str = "train") -> list[tuple[str, dict, list[int]]]:

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from qlora.errors import InputError, first_line
-from qlora.runs import is_number, read_flags, read_metrics, series
+from qlora.runs import is_number, read_flags, read_metrics
 
 # Flags that a card leaves out: they name places, or stand elsewhere in it.
 UNSAID = """
@@ -115,12 +115,12 @@ def _shown(value) -> str:
 
 def _losses(metrics: list[dict]) -> list[str]:
     """Rows of a table: each evaluation with the training loss logged last before it, or the last loss."""
-    rows, loss, steps = [], None, series(metrics, "step")[0]
+    rows, loss = [], None
     for line in metrics:
         loss = line["loss"] if is_number(line.get("loss")) else loss
         if is_number(line.get("eval_loss")):
-            rows.append((line.get("step"), loss, line["eval_loss"]))
+            rows.append((line["step"], loss, line["eval_loss"]))
     if not rows and loss is not None:
-        rows = [(steps[-1] if steps else "", loss, None)]
+        rows = [(metrics[-1]["step"], loss, None)]
     shown = [["" if value is None else f"{value:.4f}" for value in losses] for _, *losses in rows]
     return [f"| {row[0]} | {' | '.join(losses)} |" for row, losses in zip(rows, shown)]

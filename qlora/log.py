@@ -18,7 +18,7 @@ from tqdm import tqdm
 from qlora.errors import InputError, first_line
 from qlora.files import replace_file
 from qlora.pictures import compare, save_lengths, save_loss
-from qlora.runs import FLAGS, compare_table, read_runs
+from qlora.runs import FLAGS, compare_table, read_runs, whole_lines
 
 
 class RunLog:
@@ -203,14 +203,10 @@ def _keep_until(path: Path, step: int, evaluates_again: bool) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-            is_again = evaluates_again and values["step"] == step and "eval_loss" in values
-            if values["step"] <= step and not is_again:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # a line cut short by a kill, or of somebody else
-            continue
+    for line, values in whole_lines(path.read_text(errors="replace")):
+        is_again = evaluates_again and values["step"] == step and "eval_loss" in values
+        if values["step"] <= step and not is_again:
+            kept.append(line + "\n")
     replace_file(path, "".join(kept))
 
 

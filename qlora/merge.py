@@ -25,14 +25,14 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from qlora.adapter import check_base, load_adapter, parse_for_adapter
+from qlora.adapted import compute_of, load_base_of, parse_for_adapter
+from qlora.adapter import load_adapter
 from qlora.config import MergeConfig
 from qlora.data import cut_rows, tokenize_source
 from qlora.errors import InputError, first_line
 from qlora.files import check_space, make_durable, staged
-from qlora.fingerprint import base_fingerprint
 from qlora.hub import check_hub, model_card, push
-from qlora.model import load_base, load_config, load_tokenizer
+from qlora.model import load_config, load_tokenizer
 from qlora.rows import RowSource
 from qlora.tokens import tokenize_window
 from qlora.weights import INDEX, SINGLE, Weights, loaded_folder
@@ -84,7 +84,7 @@ def merge(config: MergeConfig) -> None:
     if is_original and getattr(stored, "quantization_config", None) is not None:
         raise InputError(f"--base original: {config.model} itself is quantized, there is nothing else of it")
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
-    rows = sample_rows(config, tokenizer)
+    rows = sample_rows(config, tokenizer, stored.get_text_config())
 
     trained = None
     if is_original:  # how far from what was trained will it be?
@@ -122,13 +122,7 @@ def merge(config: MergeConfig) -> None:
 
 def load(config: MergeConfig, in_4bit: bool):
     """The adapter on its base; raises InputError."""
-    base = load_base(
-        config.model, getattr(torch, config.dtype), _device(), in_4bit, config.bnb_4bit_quant_type,
-        config.bnb_4bit_use_double_quant, config.trust_remote_code,
-    )  # fmt: skip
-    if not config.allow_other_base:
-        check_base(config.adapter, base_fingerprint(config.model), "--allow_other_base")
-    return load_adapter(base, config.adapter, is_trainable=False).eval()
+    return load_adapter(load_base_of(config, in_4bit), config.adapter, is_trainable=False).eval()
 
 
 def free_memory() -> None:
@@ -244,9 +238,8 @@ def write_settings(folder: Path, architecture: str, tokenizer, config: MergeConf
     tokenizer.save_pretrained(folder)
 
 
-def sample_rows(config: MergeConfig, tokenizer) -> list[torch.Tensor]:
+def sample_rows(config: MergeConfig, tokenizer, model_config) -> list[torch.Tensor]:
     """Token ids (1, n) of the rows to compare on, MOST_TOKENS in all."""
-    model_config = load_config(config.model, config.trust_remote_code).get_text_config()
     settings = {"text_field": config.dataset_text_field, "completion_only_loss": False}
     if config.dataset:
         source = RowSource(config.dataset, config.split)
@@ -268,9 +261,9 @@ def sample_rows(config: MergeConfig, tokenizer) -> list[torch.Tensor]:
 @torch.no_grad()
 def predictions(model, rows: list[torch.Tensor], config: MergeConfig) -> Iterator[Prediction]:
     """The log-probabilities of the next token at every position but the last, row by row."""
-    dtype = getattr(torch, config.dtype)
+    _, autocast = compute_of(config)
     for ids in rows:
-        with torch.autocast(_device().type, dtype=dtype, enabled=dtype != torch.float32):
+        with autocast():
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1]
         yield Prediction(ids[0], log_softmax(logits.float(), dim=-1).cpu())
 
@@ -291,7 +284,7 @@ def compare(
         with tempfile.TemporaryDirectory() as overflow:
             merged = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=getattr(torch, config.dtype), use_safetensors=True, offload_folder=overflow,
-                device_map="auto" if _device().type == "cuda" else None,
+                device_map="auto" if torch.cuda.is_available() else None,
                 trust_remote_code=config.trust_remote_code,
             ).eval()  # fmt: skip
             rows = [prediction.ids[None] for prediction in wanted]
@@ -327,10 +320,6 @@ def differences(wanted: list[Prediction], got: Iterable[Prediction]) -> tuple[fl
         kl += (one.log_probabilities.exp() * difference).sum(dtype=torch.float64).item()
         tokens += len(targets)
     return *(math.exp(loss / tokens) for loss in losses), max(kl / tokens, 0.0)  # rounding is below 0 too
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:

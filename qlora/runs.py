@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -39,17 +40,21 @@ def read_metrics(folder: Path) -> list[dict]:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): is {folder} a run's --output_dir?"
         ) from error
-    lines = []
+    lines = [values for _, values in whole_lines(text)]
+    if not lines:
+        raise InputError(f"{path} has no line that can be read")
+    return lines
+
+
+def whole_lines(text: str) -> Iterator[tuple[str, dict]]:
+    """(line, its values) of each line of metrics.jsonl that is whole and has a step."""
     for line in text.splitlines():
         try:
             values = json.loads(line)
         except ValueError:  # cut short by a kill
             continue
         if isinstance(values, dict) and is_number(values.get("step")):
-            lines.append(values)
-    if not lines:
-        raise InputError(f"{path} has no line that can be read")
-    return lines
+            yield line, values
 
 
 def read_flags(folder: Path) -> dict:

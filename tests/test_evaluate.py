@@ -174,7 +174,7 @@ def test_flags_that_do_not_belong_together_are_refused(flags, message, capsys):
 
 
 def test_bad_files_are_named_before_anything_is_loaded(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("qlora.adapted.load_base", lambda *_: pytest.fail("loaded"))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "What?"}\n')
     (tmp_path / "none.jsonl").write_text("")
     (tmp_path / "text.txt").write_text("The capital of France is Paris.\n")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import generate as script
 import train
-from qlora.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter, parse_for_adapter
+from qlora.adapted import parse_for_adapter
+from qlora.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter
 from qlora.config import GenerateConfig, TrainConfig, parse_args
 from qlora.errors import InputError
 from qlora.generation import PromptWriter, generate, stop_ids

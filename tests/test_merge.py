@@ -194,7 +194,7 @@ def test_a_base_that_is_stored_in_4_bits_has_no_original(run, base, tmp_path):
 
 def test_what_stands_in_the_way_is_said_before_anything_is_loaded(run, base, tmp_path, monkeypatch, capsys):
     _, folder = run("--max_steps 1")
-    monkeypatch.setattr(merge, "load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("qlora.adapted.load_base", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match="is there and not empty"):
         merged(folder, base, folder)
     with pytest.raises(SystemExit, match="no adapter folder"):

@@ -19,7 +19,8 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 import generate
 import train
 from qlora import evaluate
-from qlora.adapter import ADAPTER, SETTINGS, add_adapter, parse_for_adapter
+from qlora.adapted import parse_for_adapter
+from qlora.adapter import ADAPTER, SETTINGS, add_adapter
 from qlora.checkpoint import STATE, STATE_TENSORS
 from qlora.config import EvaluateConfig, GenerateConfig, TrainConfig, parse_args
 from qlora.model import load_tokenizer
