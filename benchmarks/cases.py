@@ -27,10 +27,10 @@ class Case:
 NONE, OFFLOADED = "--gradient_checkpointing none", "--gradient_checkpointing all --offload_activations on"
 CASES = [
     Case("8 x 512, nothing checkpointed", 8, 512, NONE, ("unsloth-nockpt",)),
-    Case("8 x 512, all checkpointed, inputs offloaded", 8, 512, OFFLOADED, ("unsloth", "trl")),
+    Case("8 x 512, all checkpointed and offloaded", 8, 512, OFFLOADED, ("unsloth", "trl")),
     Case("8 x 512, all linear layers, nothing checkpointed", 8, 512, NONE, ("unsloth-nockpt",), "all"),
     Case("4 x 2048, as planned", 4, 2048, "", ("unsloth",)),
-    Case("1 x 16384, all checkpointed, inputs offloaded", 1, 16384, OFFLOADED, ("unsloth",), steps=10),
+    Case("1 x 16384, all checkpointed and offloaded", 1, 16384, OFFLOADED, ("unsloth",), steps=10),
     Case("1 x 512, as planned", 1, 512, "", ("unsloth", "unsloth-nockpt"), steps=30),
     Case("real rows packed to 8 x 512, nothing checkpointed", 8, 512, NONE, ("unsloth-nockpt", "unsloth"),
          is_real=True, steps=25),

@@ -233,7 +233,7 @@ class TrainConfig:
     )
     offload_activations: Literal["auto", "on", "off"] = flag(
         "auto",
-        "Keep the inputs of checkpointed layers in host memory until their backward pass. auto: where a step "
+        "Hold in host memory what checkpointed layers keep for their backward pass. auto: where a step "
         "does not fit the card otherwise.",
     )
     memory_limit_gb: float | None = flag(
@@ -404,7 +404,7 @@ class TrainConfig:
             _refuse(given, names, "means nothing with --no_load_in_4bit")
         is_none = self.gradient_checkpointing == "none" or not self.gradient_checkpointing.strip("0")
         if is_none and self.offload_activations == "on":
-            raise ValueError("--offload_activations on needs checkpointed layers: it keeps their inputs")
+            raise ValueError("--offload_activations on needs checkpointed layers: it is for what they keep")
         if not (self.validation_split or self.validation_dataset):
             _refuse(
                 given,

@@ -25,7 +25,7 @@ class Plan:
 
     checkpointed: int  # layers, from the first on
     layers: int
-    offload: bool  # whether the checkpointed layers' inputs wait in host memory
+    offload: bool  # whether what checkpointed layers keep waits in host memory
     peak_bytes: int  # of the rehearsed step, the model included; 0 where nothing was measured
     limit_bytes: int
     graph_bytes: int = 0  # of the peak: what CUDA graphs hold, which PyTorch does not count
@@ -34,7 +34,7 @@ class Plan:
         if not self.layers:
             return "none that could be checkpointed or compiled by itself"
         count = {0: "none", self.layers: "all"}.get(self.checkpointed, str(self.checkpointed))
-        offloaded = ", their inputs in host memory" if self.offload else ""
+        offloaded = " and offloaded to the host" if self.offload else ""
         return f"{count} of {self.layers} layers checkpointed{offloaded}"
 
 
@@ -277,8 +277,8 @@ def _why_no_graphs(rehearsal: Rehearsal, plan: Plan) -> str | None:
     if not rehearsal.plain_head:
         return "this model's head does more than a matrix product"
     if plan.offload:
-        return "inputs of layers wait in host memory"
-    if plan.checkpointed and drops_out(rehearsal.model):
+        return "what layers keep waits in host memory"
+    if plan.checkpointed and not rehearsal.compile and drops_out(rehearsal.model):
         return "checkpointed layers with dropout must draw the same numbers twice"
     return None
 

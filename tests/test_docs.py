@@ -84,7 +84,8 @@ def test_a_compiled_layer_keeps_the_activations_that_the_document_counts(monkeyp
         storages = {}
 
         def note(tensor):
-            if tensor.data_ptr() not in weights:
+            is_random_state = tensor.dtype == torch.uint8  # where the real compiler has a few numbers
+            if tensor.data_ptr() not in weights and not is_random_state:
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
@@ -97,5 +98,6 @@ def test_a_compiled_layer_keeps_the_activations_that_the_document_counts(monkeyp
     of_lora = 2 * 2 * r  # A x of q and of v, in 16 bits
     of_attention_and_norms = 4 * heads + 2 * 4  # a float32 for each head, and for each of two norms
     full = 2 * (6 * d + 2 * f) + of_lora + of_attention_and_norms + (2 * d if dropout else 0)
-    # A checkpointed layer keeps its input. The compiler may compute one of the norms' numbers again.
-    assert kept(0) - kept(1) == pytest.approx(full - 2 * d, abs=4)
+    checkpointed = 2 * 2 * d + 4 * heads  # its input, and what the attention returns
+    # The compiler may compute one of the norms' numbers again.
+    assert kept(0) - kept(1) == pytest.approx(full - checkpointed, abs=4)

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -88,6 +90,34 @@ def test_a_compiled_layer_keeps_nothing_that_elementwise_operations_make_again(m
     assert all(weight.grad is not None for _, weight in trainable_weights(model))
 
 
+def test_a_checkpointed_layer_computes_neither_its_attention_nor_its_last_product_again(monkeypatch):
+    """Its backward pass has the products that it has otherwise, and those of the forward pass but one."""
+    backward = []
+
+    def note(graph, inputs):
+        backward.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph)
+
+    compiler = aot_autograd(
+        fw_compiler=lambda graph, inputs: make_boxed_func(graph), bw_compiler=note,
+        partition_fn=min_cut_rematerialization_partition,
+    )  # fmt: skip
+    monkeypatch.setattr(qlora.layers, "COMPILER", compiler)
+    causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
+    add_adapter(causal_lm, 4, 8, 0.0, ["q_proj", "v_proj"], False, False)
+    products = []
+    for checkpointed in (0, 3):
+        backward.clear()
+        set_up_layers(decoder_layers(causal_lm), checkpointed, compile=True)
+        hidden = causal_lm.model(torch.arange(18).view(2, 9), use_cache=False).last_hidden_state
+        hidden.sum().backward()
+        targets = backward[0]  # of the last layer, whose input needs a gradient
+        assert [target for target in targets if "attention" in target and "backward" not in target] == []
+        products.append(sum(target == "aten.mm.default" for target in targets))
+    linears, of_lora = 7, 4
+    assert products[1] - products[0] == linears + of_lora - 1
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """Graphs compiled so far: [at the end of the rehearsal], to compare with those at the end of the run."""
@@ -146,49 +176,52 @@ def test_a_stream_whose_rows_get_shorter_keeps_its_shape(run, tmp_path, monkeypa
 def fake_streams(monkeypatch):
     """Copies to the host and back in place: what is left to test is which tensor comes back when."""
     stream = SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: None)
-    empty, empty_like = torch.empty, torch.empty_like
+    empty_like = torch.empty_like
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
-    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **kwargs: empty(*sizes, **kwargs))
-    monkeypatch.setattr(
-        torch, "empty_like", lambda tensor, device=None, **kwargs: empty_like(tensor, **kwargs)
-    )
+
+    def on_host(tensor, device=None, pin_memory=False, **options):
+        return empty_like(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", on_host)
 
 
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 0, 1, 0]])  # also layers that run several times
 @pytest.mark.parametrize("checkpointed", [1, 3, 4])
-def test_offloaded_inputs_come_back_to_their_layer(fake_streams, order, checkpointed):
+def test_what_is_offloaded_comes_back_to_its_layer(fake_streams, monkeypatch, order, checkpointed, compile):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 4}))
     layers = decoder_layers(model)
     model.model.layers = torch.nn.ModuleList([layers[number] for number in order])
-    watching, held, keep = [], [], qlora.layers.HostInputs.keep
+    tensors = 3 if compile else 1  # of a layer: its input, and what its attention returns
+    kept, held, keep = [], [], qlora.layers.KeptByLayer.keep
 
-    def watched(self, hidden):
-        watching.append(self)
-        held.append(weakref.ref(hidden.untyped_storage()))
-        kept = keep(self, hidden)
-        del hidden
+    def watched(self, tensor):
+        kept.append((self, tensor.shape))
+        held.append(weakref.ref(tensor.untyped_storage()))
+        number = keep(self, tensor)
+        del tensor
         alive = sum(reference() is not None for reference in held)
-        assert alive <= 3, "more than two inputs, and what is made of the last, are on the device"
-        return kept
+        assert alive <= 2 * tensors + 1, "those of more than two layers are on the device"
+        return number
 
+    monkeypatch.setattr(qlora.layers.KeptByLayer, "keep", watched)
     gradients = []
     for offload in (False, True):
-        qlora.layers.HostInputs.keep = watched
-        try:
-            qlora.layers.set_up_layers(decoder_layers(model), checkpointed, offload)
-            for _ in range(2):  # two micro-batches
-                hidden = model.model(torch.arange(2, 50).view(2, 24), use_cache=False).last_hidden_state
-                hidden.square().sum().backward()
-                assert not offload or watching[-1].last is None
-                held.clear()
-        finally:
-            qlora.layers.HostInputs.keep = keep
+        qlora.layers.set_up_layers(decoder_layers(model), checkpointed, offload, compile)
+        for _ in range(2):  # two micro-batches
+            hidden = model.model(torch.arange(2, 50).view(2, 24), use_cache=False).last_hidden_state
+            hidden.square().sum().backward()
+            held.clear()
         gradients.append([parameter.grad for parameter in model.parameters()])
         model.zero_grad()
+    runs = 2 * sum(number < checkpointed for number in order)  # of layers, in both micro-batches
+    assert len(kept) == runs * tensors and kept[-1][0].host.last is None
+    of_attention = {(2, 4, 24, 16), (2, 4, 24)} if compile else set()
+    assert {shape for _, shape in kept} == {(2, 24, 64)} | of_attention
     pairs = [pair for pair in zip(*gradients) if pair[0] is not None]
     assert len(pairs) > 10 and all(torch.equal(*pair) for pair in pairs)
 

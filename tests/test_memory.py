@@ -63,7 +63,7 @@ def test_a_given_number_is_offloaded_only_if_it_must():
 
 def test_the_plan_reads_as_what_it_is():
     assert Plan(0, 32, False, 1, 2).describe() == "none of 32 layers checkpointed"
-    assert Plan(32, 32, True, 1, 2).describe() == "all of 32 layers checkpointed, their inputs in host memory"
+    assert Plan(32, 32, True, 1, 2).describe() == "all of 32 layers checkpointed and offloaded to the host"
     assert Plan(5, 32, False, 1, 2).describe() == "5 of 32 layers checkpointed"
 
 
