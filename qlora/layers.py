@@ -1,6 +1,7 @@
 """How the decoder layers run in training: compiled one by one, and how much of each is kept for the backward
 pass."""
 
+import inspect
 import logging
 from functools import partial
 
@@ -35,15 +36,15 @@ def set_up_layers(
 ) -> None:
     """Decide how the layers run wherever gradients are recorded; may be called again with other choices.
 
-    The first `checkpointed` layers keep only their input and are computed again in the backward pass (arXiv
+    The first `checkpointed` layers keep their input and are computed again in the backward pass (arXiv
     1604.06174). The first, because the backward pass comes to them last: by then the activations that the
     others kept are gone, and one layer's recomputation has their room. With `offload` what they keep waits in
-    host memory. `is_random` is drops_out's: what was drawn is then drawn again.
+    host memory.
 
     With `compile` each layer is compiled by itself, all sharing the code of the first of their kind;
     `is_dynamic` is for batches of changing shape. Checkpointed ones then also keep what their attention
-    returns, and of the rest compute again only what gradients need: not the last product, whose weight is
-    frozen.
+    returns, and of the rest compute again only what gradients need: not the last product, where that is only
+    added to the layer's input. Without, `is_random` is drops_out's: what was drawn is then drawn again.
 
     Evaluation and generation run the layers as they are: their shapes are many, and nothing is kept.
     """
@@ -52,6 +53,8 @@ def set_up_layers(
         # elementwise operations on what is kept. By default those that go into a matrix product are kept too.
         partitioner.ban_recompute_materialized_backward = False
         partitioner.ban_recompute_used_far_apart = False
+        # Some layers write what later ones read (Gemma's shared keys and values): once, in the forward pass.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     host = HostActivations() if offload else None
     for number, layer in enumerate(layers):
         plain = train = type(layer).forward.__get__(layer)
@@ -91,27 +94,31 @@ def _all_but_attention():
     return create_selective_checkpoint_contexts(_what_is_kept)
 
 
-_all_but_attention.cache_hash = "all but attention"  # by which the compiler's cache knows it
-# "Please make sure the checkpointed region does not contain in-place ops": only what attention returns is kept,
-# and no layer changes that in place.
+_all_but_attention.cache_hash = inspect.getsource(_what_is_kept)  # by which the compiler's cache knows it
+# "Please make sure the checkpointed region does not contain in-place ops": only what attention returns is
+# kept, and no layer changes that in place.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(
     lambda record: "context_fn is passed" not in record.getMessage()
 )
 
 
 def _offloaded(train, layer, host: "HostActivations", *args, **kwargs):
-    """Run a checkpointed layer; of what it keeps, its input and what it made itself go to the host."""
-    others = [*tree_leaves((args, kwargs))[1:], *layer.parameters(), *layer.buffers()]
+    """Run a checkpointed layer; of what it keeps, all floating-point tensors go to the host but those found
+    among its weights and its arguments after the first."""
+    tensors = [*tree_leaves((args, kwargs)), *layer.parameters(), *layer.buffers()]
+    tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    if not any(tensor.requires_grad for tensor in tensors):
+        return train(*args, **kwargs)  # no backward pass would ask for them
     # Autograd keeps the hooks, which therefore must not hold a tensor.
-    pointers = {tensor.data_ptr() for tensor in others if isinstance(tensor, torch.Tensor)}
-    kept = KeptByLayer(host)
+    others = {tensor.data_ptr() for tensor in tensors[1:]}
+    kept = KeptByLayer()
 
     def pack(tensor: torch.Tensor):
-        is_its_own = tensor.is_floating_point() and tensor.data_ptr() not in pointers
-        return kept.keep(tensor) if is_its_own and tensor.numel() else tensor
+        is_its_own = tensor.is_floating_point() and tensor.data_ptr() not in others
+        return host.keep(kept, tensor) if is_its_own and tensor.numel() else tensor
 
     def unpack(packed):
-        return kept.give_back(packed) if isinstance(packed, int) else packed
+        return packed() if isinstance(packed, partial) else packed
 
     with saved_tensors_hooks(pack, unpack):
         return train(*args, **kwargs)
@@ -125,68 +132,60 @@ def drops_out(model) -> bool:
     )
 
 
-class HostActivations:
-    """Holds what checkpointed layers keep in host memory until their backward pass.
+class KeptByLayer:
+    """What one run of a layer keeps."""
 
-    Copies run on a stream of their own: out while the next layer is computed (or the layer itself, of what it
-    keeps from its start on), back while the layer after it is in its backward pass. At most two layers'
-    tensors are then on the device.
+    def __init__(self):
+        self.on_host = []  # in page-locked memory
+        self.on_device = []  # the same, while a copy to the host or back is under way; else None
+        self.previous = None  # run of a layer that kept something
+        self.copied = torch.cuda.Event()
+
+
+class HostActivations:
+    """Holds in host memory what checkpointed layers keep, until their backward pass.
+
+    Compiled layers hand over all of it at their end, others their input at their start. Copies run on a
+    stream of their own: out while the next layer is computed, or the layer itself; back while the layer after
+    it is in its backward pass. At most two layers' tensors are then on the device.
     """
 
     def __init__(self):
         self.stream = torch.cuda.Stream()
-        self.last = None  # the layer that was the last to keep something; each knows the one before it
+        self.last = None  # run of a layer that kept something; each knows the one before it
 
+    def keep(self, layer: KeptByLayer, tensor: torch.Tensor) -> partial:
+        """Begin to copy a tensor out, and let go of those of the layer before; returns what gives it back."""
+        if not layer.on_host:
+            layer.previous, self.last = self.last, layer
+            if layer.previous is not None:
+                # Their memory may be taken once the copies are made. Kernels that come now wait for that;
+                # record_stream would leave it to the host to find out, which is far ahead.
+                torch.cuda.current_stream().wait_event(layer.previous.copied)
+                layer.previous.on_device = [None] * len(layer.previous.on_host)
+        # Laid out alike: compiled code relies on it.
+        layer.on_host.append(torch.empty_like(tensor, device="cpu", pin_memory=True))
+        layer.on_device.append(tensor.detach())
+        self._copy(layer, layer.on_device[-1], layer.on_host[-1])
+        return partial(self._give_back, layer, len(layer.on_host) - 1)
 
-class KeptByLayer:
-    """What one run of a layer keeps, in page-locked host memory."""
-
-    def __init__(self, host: HostActivations):
-        self.host = host
-        self.on_host = []
-        self.on_device = []  # the same: while they are copied out, and again once they are being copied back
-        self.previous = None
-        self.copied = torch.cuda.Event()
-
-    def keep(self, tensor: torch.Tensor) -> int:
-        """Begin to copy a tensor out, and let go of those of the layer before; returns its number."""
-        if not self.on_host:
-            self.previous, self.host.last = self.host.last, self
-            if self.previous is not None:
-                self.previous.let_go()
-        # As it lies in memory: compiled code relies on it.
-        self.on_host.append(torch.empty_like(tensor, device="cpu", pin_memory=True))
-        self.on_device.append(tensor.detach())
-        self._copy(self.on_device[-1], self.on_host[-1])
-        return len(self.on_host) - 1
-
-    def let_go(self) -> None:
-        """Free the device's memory once the copies are made."""
-        # Kernels that come now wait for that; record_stream would leave it to the host to find out, which is
-        # far ahead.
-        torch.cuda.current_stream().wait_event(self.copied)
-        self.on_device = [None] * len(self.on_host)
-
-    def give_back(self, number: int) -> torch.Tensor:
+    def _give_back(self, layer: KeptByLayer, number: int) -> torch.Tensor:
         """A tensor again, and those of the layer before on their way."""
-        if self.on_device[number] is None:
-            self.fetch()
-        torch.cuda.current_stream().wait_event(self.copied)
-        tensor, self.on_device[number] = self.on_device[number], None
-        self.host.last = self.previous
-        if self.previous is not None:
-            self.previous.fetch()
+        self._fetch(layer, number)
+        torch.cuda.current_stream().wait_event(layer.copied)
+        tensor, layer.on_device[number] = layer.on_device[number], None
+        self.last = layer.previous
+        for other in range(len(self.last.on_host)) if self.last is not None else ():
+            self._fetch(self.last, other)
         return tensor
 
-    def fetch(self) -> None:
-        """Begin to copy back what is not on the device."""
-        for number, tensor in enumerate(self.on_host):
-            if self.on_device[number] is None:
-                self.on_device[number] = torch.empty_like(tensor, device="cuda")
-                self._copy(tensor, self.on_device[number])
+    def _fetch(self, layer: KeptByLayer, number: int) -> None:
+        if layer.on_device[number] is None:
+            layer.on_device[number] = torch.empty_like(layer.on_host[number], device="cuda")
+            self._copy(layer, layer.on_host[number], layer.on_device[number])
 
-    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        self.host.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.host.stream):
+    def _copy(self, layer: KeptByLayer, source: torch.Tensor, target: torch.Tensor) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
-            self.copied.record(self.host.stream)
+            layer.copied.record(self.stream)

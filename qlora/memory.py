@@ -279,6 +279,7 @@ def _why_no_graphs(rehearsal: Rehearsal, plan: Plan) -> str | None:
     if plan.offload:
         return "what layers keep waits in host memory"
     if plan.checkpointed and not rehearsal.compile and drops_out(rehearsal.model):
+        # The compiler keeps what they were drawn from; checkpoint() would set the host's random state back.
         return "checkpointed layers with dropout must draw the same numbers twice"
     return None
 

@@ -1,5 +1,6 @@
 """How the layers run changes nothing: compiled, checkpointed, chunked; and nothing is compiled in mid-run."""
 
+import gc
 import json
 import weakref
 from contextlib import nullcontext
@@ -91,7 +92,8 @@ def test_a_compiled_layer_keeps_nothing_that_elementwise_operations_make_again(m
 
 
 def test_a_checkpointed_layer_computes_neither_its_attention_nor_its_last_product_again(monkeypatch):
-    """Its backward pass has the products that it has otherwise, and those of the forward pass but one."""
+    """Its backward pass has the products that it has otherwise, and those of the forward pass but one, which
+    is only added to its input."""
     backward = []
 
     def note(graph, inputs):
@@ -182,10 +184,10 @@ def fake_streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
 
-    def on_host(tensor, device=None, pin_memory=False, **options):
+    def empty_here(tensor, device=None, pin_memory=False, **options):
         return empty_like(tensor, **options)
 
-    monkeypatch.setattr(torch, "empty_like", on_host)
+    monkeypatch.setattr(torch, "empty_like", empty_here)
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -197,21 +199,21 @@ def test_what_is_offloaded_comes_back_to_its_layer(fake_streams, monkeypatch, or
     layers = decoder_layers(model)
     model.model.layers = torch.nn.ModuleList([layers[number] for number in order])
     tensors = 3 if compile else 1  # of a layer: its input, and what its attention returns
-    kept, held, keep = [], [], qlora.layers.KeptByLayer.keep
+    kept, held, keep = [], [], qlora.layers.HostActivations.keep
 
-    def watched(self, tensor):
-        kept.append((self, tensor.shape))
+    def watched(host, layer, tensor):
+        kept.append((host, tensor.shape))
         held.append(weakref.ref(tensor.untyped_storage()))
-        number = keep(self, tensor)
+        given_back = keep(host, layer, tensor)
         del tensor
         alive = sum(reference() is not None for reference in held)
         assert alive <= 2 * tensors + 1, "those of more than two layers are on the device"
-        return number
+        return given_back
 
-    monkeypatch.setattr(qlora.layers.KeptByLayer, "keep", watched)
+    monkeypatch.setattr(qlora.layers.HostActivations, "keep", watched)
     gradients = []
     for offload in (False, True):
-        qlora.layers.set_up_layers(decoder_layers(model), checkpointed, offload, compile)
+        set_up_layers(decoder_layers(model), checkpointed, offload, compile)
         for _ in range(2):  # two micro-batches
             hidden = model.model(torch.arange(2, 50).view(2, 24), use_cache=False).last_hidden_state
             hidden.square().sum().backward()
@@ -219,11 +221,102 @@ def test_what_is_offloaded_comes_back_to_its_layer(fake_streams, monkeypatch, or
         gradients.append([parameter.grad for parameter in model.parameters()])
         model.zero_grad()
     runs = 2 * sum(number < checkpointed for number in order)  # of layers, in both micro-batches
-    assert len(kept) == runs * tensors and kept[-1][0].host.last is None
+    assert len(kept) == runs * tensors and kept[-1][0].last is None
     of_attention = {(2, 4, 24, 16), (2, 4, 24)} if compile else set()
     assert {shape for _, shape in kept} == {(2, 24, 64)} | of_attention
     pairs = [pair for pair in zip(*gradients) if pair[0] is not None]
     assert len(pairs) > 10 and all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.fixture
+def alive(fake_streams, monkeypatch):
+    """References to all that layers keep: those that still lead somewhere are alive."""
+    references, init = [], qlora.layers.KeptByLayer.__init__
+
+    def made(self):
+        references.append(weakref.ref(self))
+        init(self)
+
+    monkeypatch.setattr(qlora.layers.KeptByLayer, "__init__", made)
+    return lambda: sum(reference() is not None for reference in references)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_layers_before_the_first_trained_one_keep_nothing(alive, compile):
+    causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
+    add_adapter(causal_lm, 4, 8, 0.0, ["layers.2.self_attn.q_proj"], False, False)
+    set_up_layers(decoder_layers(causal_lm), 3, offload=True, compile=compile)
+    hidden = causal_lm.model(torch.arange(18).view(2, 9), use_cache=False).last_hidden_state
+    assert alive() == 1
+    hidden.sum().backward()
+    del hidden
+    assert alive() == 0
+
+
+def test_a_pass_that_failed_leaves_nothing_to_the_next_choice(alive):
+    causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
+    layers = decoder_layers(causal_lm)
+    set_up_layers(layers, 3, offload=True)
+    hook = layers[2].mlp.register_forward_pre_hook(lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        causal_lm.model(torch.arange(18).view(2, 9), use_cache=False)
+    hook.remove()
+    assert alive() > 0
+    gc.disable()
+    try:
+        set_up_layers(layers, 0)
+        assert alive() == 0
+    finally:
+        gc.enable()
+
+
+def test_a_checkpointed_layer_whose_keys_a_later_one_reads_is_compiled():
+    torch.manual_seed(0)
+    config = transformers.Gemma4TextConfig(
+        **SIZES, head_dim=16, global_head_dim=16, sliding_window=16, num_kv_shared_layers=1,
+        vocab_size_per_layer_input=448, hidden_size_per_layer_input=8,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    causal_lm = transformers.Gemma4ForCausalLM(config)
+    model = add_adapter(causal_lm, 4, 8, 0.0, ["q_proj", "v_proj"], False, False).train()
+    weights = [weight for _, weight in trainable_weights(model)]
+    for weight in weights:
+        torch.nn.init.normal_(weight, std=0.1)
+    found = []
+    for compile in (False, True):
+        before = counters["stats"]["unique_graphs"]
+        set_up_layers(decoder_layers(causal_lm), 3 if compile else 0, compile=compile)
+        hidden = causal_lm.model(torch.arange(18).view(2, 9), use_cache=False).last_hidden_state
+        gradients = torch.autograd.grad(hidden[..., 0].sum(), weights)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert counters["stats"]["unique_graphs"] > before
+    assert found[0].norm() > 1 and torch.allclose(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_layers_drop_the_same_numbers_out_again():
+    torch.manual_seed(0)
+    causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
+    model = add_adapter(causal_lm, 4, 8, 0.3, ["q_proj", "v_proj"], False, False).train()
+    weights = [weight for _, weight in trainable_weights(model)]
+    for weight in weights:
+        torch.nn.init.normal_(weight, std=0.1)
+    if torch.cuda.is_available():
+        model.cuda()
+    found = []
+    for checkpointed in (0, 3):
+        set_up_layers(decoder_layers(causal_lm), checkpointed, compile=True)
+        for _ in range(2):  # not as the device was left by tracing
+            torch.manual_seed(1)
+            ids = torch.arange(18, device=model.device).view(2, 9)
+            hidden = causal_lm.model(ids, use_cache=False).last_hidden_state
+            gradients = torch.autograd.grad(hidden[..., 0].sum(), weights)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert found[0].norm() > 1 and torch.allclose(*found, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_checkpointed_layers_drop_the_same_numbers_out_again_on_a_card():
+    test_checkpointed_layers_drop_the_same_numbers_out_again()
 
 
 def test_only_the_decoders_layers_are_meant():
@@ -242,11 +335,12 @@ def test_nothing_is_compiled_after_the_rehearsal_on_a_card(run, rows_file, compi
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("packs", [[CARD_ROWS[:2], CARD_ROWS[2:]], [[CARD_ROWS[0]], [CARD_ROWS[2]]]])
-def test_the_host_does_not_wait_for_the_device_inside_a_micro_batch(packs):
+def test_the_host_does_not_wait_for_the_device_inside_a_micro_batch(packs, compile):
     model, attention, autocast = packed_model(torch.bfloat16)
     assert attention == VARLEN
-    qlora.layers.set_up_layers(decoder_layers(model.get_base_model()), 1, offload=True)
+    set_up_layers(decoder_layers(model.get_base_model()), 1, offload=True, compile=compile)
     batch = on_card(packs, pack_length=128)
     for mode in ("default", "error"):  # the first time, libraries set themselves up
         torch.cuda.set_sync_debug_mode(mode)
