@@ -227,9 +227,9 @@ class TrainConfig:
     # Speed and memory
     gradient_checkpointing: str = flag(
         "auto",
-        "Layers that keep only their input and are computed again in the backward pass (arXiv 1604.06174): "
-        "all, none, a number of them, or auto: the fewest with which a step fits the card, measured at the "
-        "start.",
+        "Layers that keep little but their input and are computed again in the backward pass (arXiv "
+        "1604.06174): all, none, a number of them, or auto: the fewest with which a step fits the card, "
+        "measured at the start.",
     )
     offload_activations: Literal["auto", "on", "off"] = flag(
         "auto",
