@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from contextlib import closing
 from functools import partial
@@ -44,7 +43,7 @@ from qlora.checkpoint import (
 from qlora.config import TrainConfig, parse_args
 from qlora.data import WINDOW_ROWS, load_data, to_device
 from qlora.errors import InputError, first_line
-from qlora.files import check_space, damage, lock_folder, remove_leftovers
+from qlora.files import check_space, damage, lock_folder, make_folder, remove_leftovers
 from qlora.fingerprint import base_fingerprint, refuse_changes, rows_fingerprint, tokenizer_fingerprint
 from qlora.generation import PromptWriter, room_for_prompt
 from qlora.hub import check_hub, model_card, push
@@ -76,7 +75,7 @@ def train(config: TrainConfig):
     if config.plan_only:
         return run(config, device, stop, None)
     output_dir = Path(config.output_dir)
-    make_output_dir(output_dir)
+    make_folder(output_dir, f"--output_dir {output_dir}")
     with lock_folder(output_dir):
         remove_leftovers(output_dir)
         checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
@@ -354,16 +353,6 @@ def check_device_flags(config: TrainConfig, device: torch.device) -> None:
 def hub_name(config: TrainConfig) -> str:
     """The repository that the adapter goes to, if it goes anywhere."""
     return config.hub_model_id or Path(config.output_dir).resolve().name
-
-
-def make_output_dir(output_dir: Path) -> None:
-    """Create the folder; refuse one that cannot be written."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from error
 
 
 def refuse_to_overwrite(output_dir: Path, config: TrainConfig, checkpoint: Path | None) -> None:

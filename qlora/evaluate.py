@@ -8,7 +8,6 @@ import json
 import math
 import signal
 import sys
-import tempfile
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from qlora.adapter import load_adapter
 from qlora.config import EvaluateConfig
 from qlora.data import choose_max_length, cut_rows, tokenize_source
 from qlora.errors import InputError
-from qlora.files import check_output_file, replace_file
+from qlora.files import check_output_file, make_folder, replace_file
 from qlora.generation import PromptWriter, generate, read_prompts, room_for_prompt
 from qlora.log import side_by_side
 from qlora.loss import has_plain_head
@@ -62,11 +61,7 @@ def where_to_write(config: EvaluateConfig) -> Path:
     is_local = config.adapter and Path(config.adapter).is_dir()
     output_file = Path(config.output_file or Path(config.adapter if is_local else "") / name)
     check_output_file(output_file)
-    try:
-        with tempfile.TemporaryFile(dir=output_file.parent):  # where it will be replaced as a whole
-            pass
-    except OSError as error:
-        raise InputError(f"--output_file {output_file} cannot be written: {error.strerror}") from error
+    make_folder(output_file.parent, f"--output_file {output_file}")  # where it will be replaced as a whole
     return output_file
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,6 +58,16 @@ def remove_leftovers(folder: Path) -> None:
         if re.fullmatch(rf"{STAGED_NAMES}{STAGED}", path.name):
             with suppress(OSError):  # whatever holds it, a run can do without its room
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def make_folder(folder: Path, what: str) -> None:
+    """Make a folder unless it is there; raises InputError, naming `what`, if nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{what} cannot be written: {error.strerror}") from error
 
 
 def check_output_file(path: Path) -> None:

@@ -66,7 +66,9 @@ def set_up_layers(
             # Non-reentrant: the reentrant kind needs an input that requires a gradient.
             train = partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=is_random)
         if is_checkpointed and offload:
-            train = partial(_offloaded, train, layer, host)
+            weights = [*layer.parameters(), *layer.buffers()]
+            is_trained = any(weight.requires_grad for weight in weights)
+            train = partial(_offloaded, train, host, _addresses(weights), is_trained)
         layer.forward = _by_mode(train, plain)
 
 
@@ -102,15 +104,18 @@ logging.getLogger("torch._higher_order_ops.wrap").addFilter(
 )
 
 
-def _offloaded(train, layer, host: "HostActivations", *args, **kwargs):
+def _addresses(tensors: list[torch.Tensor]) -> set[int]:
+    return {tensor.data_ptr() for tensor in tensors}
+
+
+def _offloaded(train, host: "HostActivations", weights: set[int], is_trained: bool, *args, **kwargs):
     """Run a checkpointed layer; of what it keeps, all floating-point tensors go to the host but those found
-    among its weights and its arguments after the first."""
-    tensors = [*tree_leaves((args, kwargs)), *layer.parameters(), *layer.buffers()]
-    tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-    if not any(tensor.requires_grad for tensor in tensors):
+    among its `weights`, which are given by their addresses, and its arguments after the first."""
+    inputs = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
+    if not is_trained and not any(tensor.requires_grad for tensor in inputs):
         return train(*args, **kwargs)  # no backward pass would ask for them
     # Autograd keeps the hooks, which therefore must not hold a tensor.
-    others = {tensor.data_ptr() for tensor in tensors[1:]}
+    others = weights | _addresses(inputs[1:])
     kept = KeptByLayer()
 
     def pack(tensor: torch.Tensor):

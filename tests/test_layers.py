@@ -52,6 +52,11 @@ def no_code_generation(monkeypatch):
     torch._dynamo.reset()
 
 
+def hidden_states(causal_lm) -> torch.Tensor:
+    ids = torch.arange(18, device=causal_lm.device).view(2, 9)
+    return causal_lm.model(ids, use_cache=False).last_hidden_state
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_fast_path_has_the_losses_of_the_plain_one(run, base, tmp_path, monkeypatch, name):
     torch.manual_seed(0)
@@ -85,7 +90,7 @@ def test_a_compiled_layer_keeps_nothing_that_elementwise_operations_make_again(m
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = causal_lm.model(torch.arange(18).view(2, 9), use_cache=False).last_hidden_state
+        hidden = hidden_states(causal_lm)
     hidden.sum().backward()
     assert len(kept) == 2 * SIZES["num_hidden_layers"]
     assert all(weight.grad is not None for _, weight in trainable_weights(model))
@@ -111,7 +116,7 @@ def test_a_checkpointed_layer_computes_neither_its_attention_nor_its_last_produc
     for checkpointed in (0, 3):
         backward.clear()
         set_up_layers(decoder_layers(causal_lm), checkpointed, compile=True)
-        hidden = causal_lm.model(torch.arange(18).view(2, 9), use_cache=False).last_hidden_state
+        hidden = hidden_states(causal_lm)
         hidden.sum().backward()
         targets = backward[0]  # of the last layer, whose input needs a gradient
         assert [target for target in targets if "attention" in target and "backward" not in target] == []
@@ -246,7 +251,7 @@ def test_layers_before_the_first_trained_one_keep_nothing(alive, compile):
     causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
     add_adapter(causal_lm, 4, 8, 0.0, ["layers.2.self_attn.q_proj"], False, False)
     set_up_layers(decoder_layers(causal_lm), 3, offload=True, compile=compile)
-    hidden = causal_lm.model(torch.arange(18).view(2, 9), use_cache=False).last_hidden_state
+    hidden = hidden_states(causal_lm)
     assert alive() == 1
     hidden.sum().backward()
     del hidden
@@ -259,7 +264,7 @@ def test_a_pass_that_failed_leaves_nothing_to_the_next_choice(alive):
     set_up_layers(layers, 3, offload=True)
     hook = layers[2].mlp.register_forward_pre_hook(lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        causal_lm.model(torch.arange(18).view(2, 9), use_cache=False)
+        hidden_states(causal_lm)
     hook.remove()
     assert alive() > 0
     gc.disable()
@@ -270,6 +275,20 @@ def test_a_pass_that_failed_leaves_nothing_to_the_next_choice(alive):
         gc.enable()
 
 
+def trained(causal_lm, dropout: float):
+    """The model with an adapter whose matrices are all random, and those."""
+    model = add_adapter(causal_lm, 4, 8, dropout, ["q_proj", "v_proj"], False, False).train()
+    weights = [weight for _, weight in trainable_weights(model)]
+    for weight in weights:
+        torch.nn.init.normal_(weight, std=0.1)
+    return model, weights
+
+
+def gradient(causal_lm, weights) -> torch.Tensor:
+    hidden = hidden_states(causal_lm)
+    return torch.cat([part.flatten() for part in torch.autograd.grad(hidden[..., 0].sum(), weights)])
+
+
 def test_a_checkpointed_layer_whose_keys_a_later_one_reads_is_compiled():
     torch.manual_seed(0)
     config = transformers.Gemma4TextConfig(
@@ -278,28 +297,19 @@ def test_a_checkpointed_layer_whose_keys_a_later_one_reads_is_compiled():
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     )  # fmt: skip
     causal_lm = transformers.Gemma4ForCausalLM(config)
-    model = add_adapter(causal_lm, 4, 8, 0.0, ["q_proj", "v_proj"], False, False).train()
-    weights = [weight for _, weight in trainable_weights(model)]
-    for weight in weights:
-        torch.nn.init.normal_(weight, std=0.1)
-    found = []
-    for compile in (False, True):
-        before = counters["stats"]["unique_graphs"]
-        set_up_layers(decoder_layers(causal_lm), 3 if compile else 0, compile=compile)
-        hidden = causal_lm.model(torch.arange(18).view(2, 9), use_cache=False).last_hidden_state
-        gradients = torch.autograd.grad(hidden[..., 0].sum(), weights)
-        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    _, weights = trained(causal_lm, dropout=0.0)
+    set_up_layers(decoder_layers(causal_lm), 0)
+    plain, before = gradient(causal_lm, weights), counters["stats"]["unique_graphs"]
+    set_up_layers(decoder_layers(causal_lm), 3, compile=True)
+    compiled = gradient(causal_lm, weights)
     assert counters["stats"]["unique_graphs"] > before
-    assert found[0].norm() > 1 and torch.allclose(*found, rtol=1e-4, atol=1e-5)
+    assert plain.norm() > 1 and torch.allclose(plain, compiled, rtol=1e-4, atol=1e-5)
 
 
 def test_checkpointed_layers_drop_the_same_numbers_out_again():
     torch.manual_seed(0)
     causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
-    model = add_adapter(causal_lm, 4, 8, 0.3, ["q_proj", "v_proj"], False, False).train()
-    weights = [weight for _, weight in trainable_weights(model)]
-    for weight in weights:
-        torch.nn.init.normal_(weight, std=0.1)
+    model, weights = trained(causal_lm, dropout=0.3)
     if torch.cuda.is_available():
         model.cuda()
     found = []
@@ -307,10 +317,8 @@ def test_checkpointed_layers_drop_the_same_numbers_out_again():
         set_up_layers(decoder_layers(causal_lm), checkpointed, compile=True)
         for _ in range(2):  # not as the device was left by tracing
             torch.manual_seed(1)
-            ids = torch.arange(18, device=model.device).view(2, 9)
-            hidden = causal_lm.model(ids, use_cache=False).last_hidden_state
-            gradients = torch.autograd.grad(hidden[..., 0].sum(), weights)
-        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+            last = gradient(causal_lm, weights)
+        found.append(last)
     assert found[0].norm() > 1 and torch.allclose(*found, rtol=1e-3, atol=1e-3)
 
 
