@@ -1,5 +1,6 @@
 """The decoder's forward and backward pass as two CUDA graphs: two launches instead of thousands."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,8 @@ class GraphedDecoder:
 
     Called in place of attention.decode it returns the hidden states (packs, length, d); their backward pass
     adds to the parameters' gradients as that of the decoder does. A batch of another shape takes the decoder
-    itself. Everything must have run before on that shape, and nothing in it may wait for the host.
+    itself. Everything must have run before on that shape. Raises RuntimeError if the host waits for the
+    device in it, or if something else cannot be recorded.
     """
 
     def __init__(
@@ -29,8 +31,14 @@ class GraphedDecoder:
         def backward():
             self.gradients = torch.autograd.grad(self.hidden, parameters, self.grad_hidden)
 
+        def both():
+            forward()
+            self.grad_hidden = torch.zeros_like(self.hidden)
+            backward()
+
+        run_without_waiting(both)
+        self.hidden = self.gradients = None
         self.forward = record(forward)
-        self.grad_hidden = torch.zeros_like(self.hidden)
         self.backward = record(backward, pool=self.forward.pool())
 
     def __call__(self, causal_lm, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -67,11 +75,32 @@ def _inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in batch.items() if not name.startswith("target")}
 
 
+def run_without_waiting(work: Callable[[], None]) -> None:
+    """Run `work`; raises RuntimeError where the host would wait for the device. A recording would fail there
+    too, but leave PyTorch's allocator as if it went on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "a prototype": it does not see every wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def record(work: Callable[[], None], pool=None) -> torch.cuda.CUDAGraph:
     """Record the launches of `work`, whose results a replay() then writes to the same memory."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        work()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    random = torch.cuda.default_generators[stream.device.index]
+    state = random.clone_state()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            work()
+    except Exception:
+        # PyTorch would go on with the recording's stream and, up to 2.11, without random numbers
+        # (pytorch/pytorch issue 171263).
+        torch.cuda.set_stream(stream)
+        random.graphsafe_set_state(state)
+        raise
     return graph
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qlora.attention import decode
+from qlora.attention import VARLEN, decode
 from qlora.data import BatchShape, collate, to_device
 from qlora.errors import InputError, first_line
 from qlora.graphs import GraphedDecoder
@@ -276,6 +276,8 @@ def _why_no_graphs(rehearsal: Rehearsal, plan: Plan) -> str | None:
         return "padded batches have many shapes"
     if not rehearsal.plain_head:
         return "this model's head does more than a matrix product"
+    if rehearsal.model.config._attn_implementation != VARLEN:
+        return "for the mask that keeps packed rows apart the host looks at their positions"
     if plan.offload:
         return "what layers keep waits in host memory"
     if plan.checkpointed and not rehearsal.compile and drops_out(rehearsal.model):

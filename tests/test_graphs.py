@@ -5,10 +5,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import qlora.attention
 import qlora.graphs
 import train
 from qlora.attention import decode
-from qlora.graphs import GraphedDecoder
+from qlora.graphs import GraphedDecoder, record, run_without_waiting
 from qlora.loss import next_token_loss
 from qlora.memory import Rehearsal
 from tests.test_gpu import ROWS, on_card, packed_model
@@ -31,6 +32,7 @@ def replays(monkeypatch):
     """Train on the CPU as if its passes were CUDA graphs; the number of replayed forward passes so far."""
     count = []
     apply = qlora.graphs._Replayed.apply
+    monkeypatch.setattr(qlora.graphs, "run_without_waiting", lambda work: work())
     monkeypatch.setattr(qlora.graphs, "record", Again)
     monkeypatch.setattr(qlora.graphs._Replayed, "apply", lambda *given: count.append(1) or apply(*given))
     plan_layers = train.plan_layers
@@ -119,3 +121,46 @@ def test_a_run_by_graphs_is_the_run_without(run, flags, capsys):
     want = adapter(replayed)
     run(flags, "--resume_from_checkpoint", str(replayed / "checkpoint-4"), out="replayed")
     assert_same(adapter(replayed), want)
+
+
+@pytest.mark.gpu
+def test_a_recording_that_fails_leaves_no_trace():
+    stream, result = torch.cuda.current_stream(), []
+
+    def waits():
+        torch.rand(4, device="cuda").sum().item()
+
+    def draws():
+        result[:] = [torch.rand(4, device="cuda")]
+
+    torch.manual_seed(1)
+    want = torch.rand(4, device="cuda")
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        run_without_waiting(waits)
+    torch.manual_seed(1)
+    with pytest.raises(RuntimeError):
+        record(waits)
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.rand(4, device="cuda"), want)
+    graph = record(draws)
+    torch.manual_seed(1)
+    graph.replay()
+    assert torch.equal(result[0], want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_run_that_cannot_be_recorded_is_the_run_without_graphs(run, monkeypatch, capsys, waits):
+    if waits:
+        monkeypatch.setattr(
+            qlora.graphs, "decode", lambda *given: torch.ones((), device="cuda").item() * decode(*given)
+        )
+    else:  # as on cards before Ampere
+        monkeypatch.setattr(qlora.attention, "varlen_attn", None)
+    flags = "--packing --max_length 64 --max_steps 4 --logging_steps 1 --lora_dropout 0.1 --compile --dtype "
+    flags += "bfloat16"
+    _, plain = run(flags, "--no_cuda_graphs", out="plain")
+    _, other = run(flags, out="other")
+    out = capsys.readouterr().out
+    assert "replayed" not in out and out.count("No CUDA graphs: called a synchronizing") == waits
+    assert_same(adapter(other), adapter(plain))
