@@ -306,9 +306,11 @@ def test_a_checkpointed_layer_whose_keys_a_later_one_reads_is_compiled():
     assert plain.norm() > 1 and torch.allclose(plain, compiled, rtol=1e-4, atol=1e-5)
 
 
-def test_checkpointed_layers_drop_the_same_numbers_out_again():
+def test_checkpointed_layers_drop_the_same_numbers_out_again(hidden_size=64):
     torch.manual_seed(0)
-    causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
+    causal_lm = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES | {"hidden_size": hidden_size})
+    )
     model, weights = trained(causal_lm, dropout=0.3)
     if torch.cuda.is_available():
         model.cuda()
@@ -324,7 +326,9 @@ def test_checkpointed_layers_drop_the_same_numbers_out_again():
 
 @pytest.mark.gpu
 def test_checkpointed_layers_drop_the_same_numbers_out_again_on_a_card():
-    test_checkpointed_layers_drop_the_same_numbers_out_again()
+    # Triton 3.6 cannot compile these layers in float32 if they are 64 wide ("operand #0 does not dominate
+    # this use", a defect of its own); training then goes on without the compiler.
+    test_checkpointed_layers_drop_the_same_numbers_out_again(hidden_size=256)
 
 
 def test_only_the_decoders_layers_are_meant():
