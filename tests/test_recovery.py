@@ -322,8 +322,19 @@ def at_step(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     monkeypatch.setattr(train.RunLog, "step_done", step_done)
 
 
+@pytest.fixture
+def hangup():
+    """Sets what SIGHUP does before the run: whoever runs the tests may ignore it, as nohup does."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda handler: signal.signal(signal.SIGHUP, handler)
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_ends_in_a_checkpoint_of_the_step(run, whole, monkeypatch, number, code, capsys, tmp_path):
+def test_a_signal_ends_in_a_checkpoint_of_the_step(
+    run, whole, monkeypatch, hangup, number, code, capsys, tmp_path
+):
+    hangup(signal.SIG_DFL)
     before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         at_step(patch, 3, number)
@@ -336,6 +347,15 @@ def test_a_signal_ends_in_a_checkpoint_of_the_step(run, whole, monkeypatch, numb
     assert not (tmp_path / "out" / ADAPTER).exists()
     _, folder = run(FLAGS, ON)
     assert_is(folder, whole)
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored(run, whole, monkeypatch, hangup):
+    hangup(signal.SIG_IGN)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, signal.SIGHUP)
+        _, folder = run(FLAGS)
+    assert_is(folder, whole)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def stopped_in_evaluation(run, monkeypatch, step: int, *flags: str) -> int:
