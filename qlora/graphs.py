@@ -37,7 +37,7 @@ class GraphedDecoder:
             backward()
 
         run_without_waiting(both)
-        self.hidden = self.gradients = None
+        self.hidden = self.gradients = None  # a recording takes their memory once more
         self.forward = record(forward)
         self.backward = record(backward, pool=self.forward.pool())
 

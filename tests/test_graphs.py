@@ -157,8 +157,8 @@ def test_a_run_that_cannot_be_recorded_is_the_run_without_graphs(run, monkeypatc
         )
     else:  # as on cards before Ampere
         monkeypatch.setattr(qlora.attention, "varlen_attn", None)
-    flags = "--packing --max_length 64 --max_steps 4 --logging_steps 1 --lora_dropout 0.1 --compile --dtype "
-    flags += "bfloat16"
+    flags = "--packing --max_length 64 --max_steps 4 --logging_steps 1 --dtype bfloat16 --compile"
+    flags += " --lora_dropout 0.1"
     _, plain = run(flags, "--no_cuda_graphs", out="plain")
     _, other = run(flags, out="other")
     out = capsys.readouterr().out

@@ -18,6 +18,7 @@ import qlora.layers
 import train
 from qlora.adapter import add_adapter
 from qlora.attention import VARLEN
+from qlora.graphs import run_without_waiting
 from qlora.layers import decoder_layers, set_up_layers
 from qlora.loss import next_token_loss
 from qlora.model import load_tokenizer, trainable_weights
@@ -275,13 +276,13 @@ def test_a_pass_that_failed_leaves_nothing_to_the_next_choice(alive):
         gc.enable()
 
 
-def trained(causal_lm, dropout: float):
-    """The model with an adapter whose matrices are all random, and those."""
+def random_adapter(causal_lm, dropout: float) -> list[torch.nn.Parameter]:
+    """Add an adapter whose matrices are all random; returns those."""
     model = add_adapter(causal_lm, 4, 8, dropout, ["q_proj", "v_proj"], False, False).train()
     weights = [weight for _, weight in trainable_weights(model)]
     for weight in weights:
         torch.nn.init.normal_(weight, std=0.1)
-    return model, weights
+    return weights
 
 
 def gradient(causal_lm, weights) -> torch.Tensor:
@@ -297,7 +298,7 @@ def test_a_checkpointed_layer_whose_keys_a_later_one_reads_is_compiled():
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     )  # fmt: skip
     causal_lm = transformers.Gemma4ForCausalLM(config)
-    _, weights = trained(causal_lm, dropout=0.0)
+    weights = random_adapter(causal_lm, dropout=0.0)
     set_up_layers(decoder_layers(causal_lm), 0)
     plain, before = gradient(causal_lm, weights), counters["stats"]["unique_graphs"]
     set_up_layers(decoder_layers(causal_lm), 3, compile=True)
@@ -311,9 +312,9 @@ def test_checkpointed_layers_drop_the_same_numbers_out_again(hidden_size=64):
     causal_lm = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**SIZES | {"hidden_size": hidden_size})
     )
-    model, weights = trained(causal_lm, dropout=0.3)
+    weights = random_adapter(causal_lm, dropout=0.3)
     if torch.cuda.is_available():
-        model.cuda()
+        causal_lm.cuda()
     found = []
     for checkpointed in (0, 3):
         set_up_layers(decoder_layers(causal_lm), checkpointed, compile=True)
@@ -354,11 +355,11 @@ def test_the_host_does_not_wait_for_the_device_inside_a_micro_batch(packs, compi
     assert attention == VARLEN
     set_up_layers(decoder_layers(model.get_base_model()), 1, offload=True, compile=compile)
     batch = on_card(packs, pack_length=128)
-    for mode in ("default", "error"):  # the first time, libraries set themselves up
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            with autocast():
-                loss = next_token_loss(model, batch, plain_head=True)
-            loss.backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+
+    def micro_batch():
+        with autocast():
+            loss = next_token_loss(model, batch, plain_head=True)
+        loss.backward()
+
+    micro_batch()  # the first time, libraries set themselves up
+    run_without_waiting(micro_batch)
