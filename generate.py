@@ -12,13 +12,13 @@ from pathlib import Path
 import transformers
 from tqdm import tqdm
 
-from qlora.adapted import compute_of, load_base_of, parse_for_adapter
-from qlora.adapter import load_adapter
+from qlora.commands import compute_of, load_base_of, parse_for_adapter
 from qlora.config import GenerateConfig
 from qlora.errors import InputError
-from qlora.files import check_output_file
-from qlora.generation import PromptWriter, generate, read_prompts, room_for_prompt
-from qlora.model import load_config, load_tokenizer
+from qlora.model.adapter import load_adapter
+from qlora.model.base import load_config, load_tokenizer
+from qlora.model.generation import PromptWriter, generate, read_prompts, room_for_prompt
+from qlora.run.files import check_output_file
 
 
 def main(config: GenerateConfig) -> None:

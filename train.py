@@ -19,7 +19,15 @@ import torch
 import transformers
 from torch.nn.utils import clip_grad_norm_
 
-from qlora.adapter import (
+from qlora.config import TrainConfig, parse_args
+from qlora.data.batch import to_device
+from qlora.data.loader import make_loader, make_order
+from qlora.data.prepare import STREAM_WINDOW, load_data
+from qlora.data.report import data_report, report_data, short_report
+from qlora.errors import InputError, first_line
+from qlora.evaluation.samples import read_samples
+from qlora.evaluation.validation import eval_batches, evaluate_loss
+from qlora.model.adapter import (
     ADAPTER,
     add_adapter,
     check_base,
@@ -28,8 +36,11 @@ from qlora.adapter import (
     lora_settings,
     save_final_adapter,
 )
-from qlora.attention import choose_attention
-from qlora.checkpoint import (
+from qlora.model.base import base_memory_bytes, check_gradients, load_base, quantized_share, trainable_weights
+from qlora.model.generation import PromptWriter, room_for_prompt
+from qlora.model.loss import has_plain_head, next_token_loss
+from qlora.optim.optimizer import FlatParameters, build_optimizer, lr_at
+from qlora.run.checkpoint import (
     checkpoint_bytes,
     find_checkpoint,
     later_checkpoints,
@@ -40,26 +51,18 @@ from qlora.checkpoint import (
     replace_later,
     save_checkpoint,
 )
-from qlora.config import TrainConfig, parse_args
-from qlora.data import WINDOW_ROWS, load_data, to_device
-from qlora.errors import InputError, first_line
-from qlora.files import check_space, damage, lock_folder, make_folder, remove_leftovers
-from qlora.fingerprint import base_fingerprint, refuse_changes, rows_fingerprint, tokenizer_fingerprint
-from qlora.generation import PromptWriter, room_for_prompt
-from qlora.hub import check_hub, model_card, push
-from qlora.layers import decoder_layers
-from qlora.loader import make_loader, make_order
-from qlora.log import RunLog, Wandb, start_screen
-from qlora.loss import has_plain_head, next_token_loss
-from qlora.memory import GB, Plan, Rehearsal, plan_layers
-from qlora.model import base_memory_bytes, check_gradients, load_base, quantized_share, trainable_weights
-from qlora.nf4 import fuse_linears
-from qlora.optim import FlatParameters, build_optimizer, lr_at
-from qlora.progress import Progress
-from qlora.report import data_report, report_data, short_report
-from qlora.samples import read_samples
-from qlora.stop import Rescue, Stop
-from qlora.validation import eval_batches, evaluate_loss
+from qlora.run.files import check_space, damage, lock_folder, make_folder, remove_leftovers
+from qlora.run.fingerprint import base_fingerprint, refuse_changes, rows_fingerprint, tokenizer_fingerprint
+from qlora.run.hub import check_hub, model_card, push
+from qlora.run.log import RunLog
+from qlora.run.progress import Progress
+from qlora.run.screen import start_screen
+from qlora.run.stop import Rescue, Stop
+from qlora.run.tracker import Wandb
+from qlora.speed.attention import choose_attention
+from qlora.speed.layers import decoder_layers
+from qlora.speed.nf4 import fuse_linears
+from qlora.speed.plan import GB, Plan, Rehearsal, plan_layers
 
 
 def train(config: TrainConfig):
@@ -432,7 +435,7 @@ def describe_run(config, model, loader, total_steps, checkpoint, replaced) -> st
         batch += " (not packed: this model's attention cannot keep rows apart)"
     epochs = f"{order.epochs_at(total_steps):.2f} epochs of {order.steps_in(0):,} steps"
     if config.streaming:
-        epochs = f"streamed in windows of {WINDOW_ROWS:,} rows"
+        epochs = f"streamed in windows of {STREAM_WINDOW:,} rows"
     start = f", going on from {checkpoint.name}" if checkpoint else ""
     if config.resume_from_checkpoint and not checkpoint:
         start = ", no checkpoint there yet: from the start"

@@ -28,8 +28,8 @@ from trl import SFTConfig, SFTTrainer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.cases import CASES, TARGETS, WARM_UP, Case
-from qlora.prompts import detect_format, row_segments
-from qlora.rows import RowSource
+from qlora.data.formats import detect_format, row_segments
+from qlora.data.sources import RowSource
 
 
 def load(case: Case):

@@ -10,8 +10,8 @@ from typing import Literal
 
 from transformers import HfArgumentParser
 
+from qlora.data.sources import parse_split
 from qlora.errors import InputError
-from qlora.rows import parse_split
 
 ComputeType = Literal["float16", "bfloat16", "float32"]
 RowFormat = Literal["auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"]
@@ -30,7 +30,7 @@ def optional_flag(help: str):
 
 
 # Flags that may change when a run is resumed: they leave the weights as they are, up to rounding. Of model
-# and data it is the content that must be as it was, wherever it lies (qlora/fingerprint.py).
+# and data it is the content that must be as it was, wherever it lies (qlora/run/fingerprint.py).
 FREE_FLAGS = """
     model adapter trust_remote_code dataset dataset_config split dataset_format dataset_text_field
     validation_split validation_dataset data_report output_dir overwrite_output_dir

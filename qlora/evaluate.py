@@ -13,23 +13,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from qlora.adapted import compute_of, load_base_of, parse_for_adapter
-from qlora.adapter import load_adapter
+from qlora.commands import compute_of, load_base_of, parse_for_adapter
 from qlora.config import EvaluateConfig
-from qlora.data import choose_max_length, cut_rows, tokenize_source
+from qlora.data.formats import DropRow, row_segments
+from qlora.data.prepare import choose_max_length, cut_rows, tokenize_source
+from qlora.data.sources import RowSource, read_rows
+from qlora.data.tokenize import SAMPLE_ROWS, TokenizedRows, checked_format, hold_out
 from qlora.errors import InputError
-from qlora.files import check_output_file, make_folder, replace_file
-from qlora.generation import PromptWriter, generate, read_prompts, room_for_prompt
-from qlora.log import side_by_side
-from qlora.loss import has_plain_head
-from qlora.model import load_config, load_tokenizer
-from qlora.prompts import DropRow, row_segments
-from qlora.quantization import describe_quantization, quantization_report
-from qlora.rows import RowSource, read_rows
-from qlora.runs import table
-from qlora.scores import calc_codebleu, score
-from qlora.tokens import SAMPLE_ROWS, TokenizedRows, checked_format, hold_out
-from qlora.validation import eval_batches, evaluate_loss
+from qlora.evaluation.quantization import describe_quantization, quantization_report
+from qlora.evaluation.scores import calc_codebleu, score
+from qlora.evaluation.validation import eval_batches, evaluate_loss
+from qlora.model.adapter import load_adapter
+from qlora.model.base import load_config, load_tokenizer
+from qlora.model.generation import PromptWriter, generate, read_prompts, room_for_prompt
+from qlora.model.loss import has_plain_head
+from qlora.run.files import check_output_file, make_folder, replace_file
+from qlora.run.screen import side_by_side, table
 
 PROGRAM = "qlora.evaluate"
 

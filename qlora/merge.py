@@ -25,17 +25,17 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from qlora.adapted import compute_of, load_base_of, parse_for_adapter
-from qlora.adapter import load_adapter
+from qlora.commands import compute_of, load_base_of, parse_for_adapter
 from qlora.config import MergeConfig
-from qlora.data import cut_rows, tokenize_source
+from qlora.data.prepare import cut_rows, tokenize_source
+from qlora.data.sources import RowSource
+from qlora.data.tokenize import tokenize_window
 from qlora.errors import InputError, first_line
-from qlora.files import check_space, make_durable, staged
-from qlora.hub import check_hub, model_card, push
-from qlora.model import load_config, load_tokenizer
-from qlora.rows import RowSource
-from qlora.tokens import tokenize_window
-from qlora.weights import INDEX, SINGLE, Weights, loaded_folder
+from qlora.model.adapter import load_adapter
+from qlora.model.base import load_config, load_tokenizer
+from qlora.model.weights import INDEX, SINGLE, Weights, loaded_folder
+from qlora.run.files import check_space, make_durable, staged
+from qlora.run.hub import check_hub, model_card, push
 
 PROGRAM = "qlora.merge"
 SHARD_BYTES = 2 * 2**30  # held in host memory at a time

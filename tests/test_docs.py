@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora.adapter import add_adapter
-from qlora.layers import decoder_layers, set_up_layers
+from qlora.model.adapter import add_adapter
+from qlora.speed.layers import decoder_layers, set_up_layers
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -72,7 +72,7 @@ def test_every_python_block_prints_the_comment_at_its_end(path, source):
 def test_a_compiled_layer_keeps_the_activations_that_the_document_counts(monkeypatch, dropout):
     torch._dynamo.reset()
     # The compiler's choice of what to keep, without the code that it would write.
-    monkeypatch.setattr("qlora.layers.COMPILER", "aot_eager_decomp_partition")
+    monkeypatch.setattr("qlora.speed.layers.COMPILER", "aot_eager_decomp_partition")
     d, f, heads, r, tokens = 128, 352, 2, 16, 64
     sizes = {"hidden_size": d, "intermediate_size": f, "num_attention_heads": heads, "num_hidden_layers": 2}
     base = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).bfloat16()

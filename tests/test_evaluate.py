@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora import evaluate, quantization, scores
-from qlora.model import load_tokenizer
-from qlora.scores import code_of, codebleu, parses, score
+from qlora import evaluate
+from qlora.evaluation import quantization, scores
+from qlora.evaluation.scores import code_of, codebleu, parses, score
+from qlora.model.base import load_tokenizer
 from tests.conftest import ROWS
 from tests.test_train import metrics
 
@@ -174,7 +175,7 @@ def test_flags_that_do_not_belong_together_are_refused(flags, message, capsys):
 
 
 def test_bad_files_are_named_before_anything_is_loaded(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora.adapted.load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("qlora.commands.load_base", lambda *_: pytest.fail("loaded"))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "What?"}\n')
     (tmp_path / "none.jsonl").write_text("")
     (tmp_path / "text.txt").write_text("The capital of France is Paris.\n")

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import generate as script
 import train
-from qlora.adapted import parse_for_adapter
-from qlora.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter
+from qlora.commands import parse_for_adapter
 from qlora.config import GenerateConfig, TrainConfig, parse_args
+from qlora.data.formats import chat_segments, encode, prompt_segments, row_segments, starts_with_bos
 from qlora.errors import InputError
-from qlora.generation import PromptWriter, generate, stop_ids
-from qlora.prompts import chat_segments, encode, prompt_segments, row_segments, starts_with_bos
+from qlora.model.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter
+from qlora.model.generation import PromptWriter, generate, stop_ids
 from tests.conftest import ROOT, ROWS
 
 flags_of = partial(parse_for_adapter, GenerateConfig)
@@ -92,7 +92,7 @@ def test_sampling_depends_on_the_seed_alone_and_leaves_the_random_state(adapter,
 )
 def test_a_question_is_written_as_in_training(row_format, row, tokenizer):
     if row_format == "messages":
-        from qlora.prompts import FALLBACK_CHAT_TEMPLATE
+        from qlora.data.formats import FALLBACK_CHAT_TEMPLATE
 
         tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
     adds_bos = starts_with_bos(row_format, tokenizer)

@@ -10,11 +10,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from demo.make_base import make_base
-from qlora.adapter import ADAPTER
-from qlora.attention import VARLEN, choose_attention, decode
-from qlora.data import collate, to_device
-from qlora.loss import next_token_loss
-from qlora.optim import build_optimizer, optimizer_tensors, restore_optimizer
+from qlora.data.batch import collate, to_device
+from qlora.model.adapter import ADAPTER
+from qlora.model.forward import VARLEN, decode
+from qlora.model.loss import next_token_loss
+from qlora.optim.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
+from qlora.speed.attention import choose_attention
 from tests.conftest import TEXTS
 
 pytestmark = pytest.mark.gpu

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from qlora import merge
-from qlora.adapter import ADAPTER
 from qlora.merge import Prediction, differences
-from qlora.model import load_base, load_tokenizer
+from qlora.model.adapter import ADAPTER
+from qlora.model.base import load_base, load_tokenizer
 from tests.conftest import ROWS
 from tests.test_train import metrics
 
@@ -194,7 +194,7 @@ def test_a_base_that_is_stored_in_4_bits_has_no_original(run, base, tmp_path):
 
 def test_what_stands_in_the_way_is_said_before_anything_is_loaded(run, base, tmp_path, monkeypatch, capsys):
     _, folder = run("--max_steps 1")
-    monkeypatch.setattr("qlora.adapted.load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("qlora.commands.load_base", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match="is there and not empty"):
         merged(folder, base, folder)
     with pytest.raises(SystemExit, match="no adapter folder"):

@@ -89,18 +89,18 @@ def test_every_named_file_and_function_exists():
     text = README.read_text()
     for target in re.findall(r"\]\(([\w/.]+)\)", text):
         assert (ROOT / target).exists(), target
-    for names, file in re.findall(r"\| ((?:`\w+`(?:, )?)+) in \[(qlora/\w+\.py)\]", text):
+    for names, file in re.findall(r"\| ((?:`\w+`(?:, )?)+) in \[(qlora/[\w/]+\.py)\]", text):
         for name in re.findall(r"`(\w+)`", names):
             defined = rf"^((def|class) {name}\b|{name} = )"
             assert re.search(defined, (ROOT / file).read_text(), re.MULTILINE), name
     for file in re.findall(r"^(?:qlora/)?\w+\.py(?= )", text, re.MULTILINE):
         assert (ROOT / file).exists(), file
-    listed = set(re.findall(r"^(qlora/\w+\.py) ", text, re.MULTILINE))
-    assert listed == {f"qlora/{path.name}" for path in (ROOT / "qlora").glob("[a-z]*.py")}
+    listed = set(re.findall(r"^(qlora/[\w/]+\.py) ", text, re.MULTILINE))
+    assert listed == {str(path.relative_to(ROOT)) for path in (ROOT / "qlora").rglob("[a-z]*.py")}
 
 
 def test_every_test_that_proves_a_promise_exists():
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+?)(\.\.\.)?`", README.read_text())
     assert len(named) > 10
     for name, is_cut in named:

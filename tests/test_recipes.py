@@ -19,11 +19,11 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 import generate
 import train
 from qlora import evaluate
-from qlora.adapted import parse_for_adapter
-from qlora.adapter import ADAPTER, SETTINGS, add_adapter
-from qlora.checkpoint import STATE, STATE_TENSORS
+from qlora.commands import parse_for_adapter
 from qlora.config import EvaluateConfig, GenerateConfig, TrainConfig, parse_args
-from qlora.model import load_tokenizer
+from qlora.model.adapter import ADAPTER, SETTINGS, add_adapter
+from qlora.model.base import load_tokenizer
+from qlora.run.checkpoint import STATE, STATE_TENSORS
 from tests.conftest import ROOT, ROWS
 from tests.test_readme import parse
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import train
-from qlora.adapter import ADAPTER
-from qlora.checkpoint import STATE, STATE_TENSORS
-from qlora.generation import generate
-from qlora.model import load_base, load_tokenizer
-from qlora.rows import read_rows
-from qlora.tokens import tokenize_rows
-from qlora.validation import evaluate_loss
+from qlora.data.sources import read_rows
+from qlora.data.tokenize import tokenize_rows
+from qlora.evaluation.validation import evaluate_loss
+from qlora.model.adapter import ADAPTER
+from qlora.model.base import load_base, load_tokenizer
+from qlora.model.generation import generate
+from qlora.run.checkpoint import STATE, STATE_TENSORS
 from tests.conftest import ROOT, ROWS
 
 
@@ -542,7 +542,7 @@ def test_loss_is_that_of_the_transformers_trainer(run, base, rows_file, tmp_path
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainingArguments, set_seed
 
-    from qlora.data import StepOrder
+    from qlora.data.order import StepOrder
 
     flags = "--split train[:40] --max_steps 50 --logging_steps 1 --optim adamw_torch --save_steps 100"
     _, folder = run(flags, batch(4, 2))  # 40 rows: an epoch is five whole steps, as the Trainer counts them

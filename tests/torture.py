@@ -38,9 +38,9 @@ from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
 from demo.make_base import make_base  # noqa: E402
-from qlora.adapter import ADAPTER  # noqa: E402
-from qlora.checkpoint import STATE, STATE_TENSORS, list_checkpoints  # noqa: E402
-from qlora.files import damage  # noqa: E402
+from qlora.model.adapter import ADAPTER  # noqa: E402
+from qlora.run.checkpoint import STATE, STATE_TENSORS, list_checkpoints  # noqa: E402
+from qlora.run.files import damage  # noqa: E402
 
 # tqdm's own lock is shared with forked processes: one that is killed while it holds it would stop all others.
 tqdm.set_lock(threading.RLock())

@@ -1,0 +1,127 @@
+"""The frozen 4-bit base, its tokenizer, and what makes it ready for training."""
+
+import bitsandbytes as bnb
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+from qlora.errors import InputError, first_line
+from qlora.model.adapter import adapter_file
+
+
+def load_config(model: str, trust_remote_code: bool = False):
+    """The model's configuration; raises InputError with what to do if it is not to be had."""
+    return _from_hub(AutoConfig, model, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(model: str, adapter: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer kept beside the adapter, else the model's; no token is added, no pad token needed."""
+    is_kept = adapter is not None and adapter_file(adapter, "tokenizer_config.json") is not None
+    return _from_hub(AutoTokenizer, adapter if is_kept else model, trust_remote_code=trust_remote_code)
+
+
+def load_base(
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_in_4bit: bool = True,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    trust_remote_code: bool = False,
+):
+    """Load a causal LM onto `device`, its linear layers quantized to 4 bits on the way (the output head is
+    not).
+
+    A checkpoint that is already 4-bit is loaded as it is. Unquantized weights get `dtype`. Raises InputError.
+    """
+    stored = getattr(load_config(model, trust_remote_code), "quantization_config", None)
+    options = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": trust_remote_code}
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        is_4bit = stored.get("load_in_4bit") if isinstance(stored, dict) else stored.load_in_4bit
+        if method != "bitsandbytes" or not is_4bit:
+            raise InputError(
+                f"{model} is already quantized with {method}: give the original model, or one "
+                "quantized to 4 bits with bitsandbytes"
+            )
+        if not load_in_4bit:
+            raise InputError(f"{model} is already 4-bit: --no_load_in_4bit needs the original model")
+    elif load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant_type,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    base = _from_hub(AutoModelForCausalLM, model, use_safetensors=True, **options)  # pickles can run code
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = dtype  # a 4-bit checkpoint stores its own
+            module.compute_type_is_set = True  # else bitsandbytes would guess it anew from the first input
+            # On CPUs with AVX512-BF16 a forward in eval mode repacks the weights for inference, after which
+            # no gradient reaches the adapter: one evaluation would silently end the training (bitsandbytes
+            # 0.50).
+            module.support_avx512bf16_for_cpu = False
+    base.config.use_cache = False
+    # Sampling is what generate.py's flags say: transformers would fill in the model's own temperature, beams
+    # and penalties behind them. Only the tokens that end an answer are kept.
+    base.generation_config = GenerationConfig(eos_token_id=base.generation_config.eos_token_id)
+    return base
+
+
+def check_gradients(trainable: list[tuple[str, torch.nn.Parameter]]) -> None:
+    """Raise InputError if the backward pass missed a trained weight: it would silently stay as it is."""
+    for name, parameter in trainable:
+        if parameter.grad is None:
+            raise InputError(
+                f"the trainable weight {name} got no gradient in the first step: is its layer ever used?"
+            )
+
+
+def trainable_weights(model) -> list[tuple[str, torch.nn.Parameter]]:
+    """The trained (name, parameter) pairs, in the model's order.
+
+    Raises InputError if one is not float32: float16 ones cannot be unscaled.
+    """
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, parameter in trainable:
+        if parameter.dtype != torch.float32:
+            raise InputError(f"the trainable weight {name} is {parameter.dtype}; it must be float32")
+    return trainable
+
+
+def quantized_share(model) -> float:
+    """Share of the frozen parameters that are held in 4 bits."""
+    total = in_4bit = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            in_4bit += state.shape.numel()
+            total += state.shape.numel()
+        elif not parameter.requires_grad:
+            total += parameter.numel()
+    return in_4bit / total
+
+
+def base_memory_bytes(model) -> int:
+    """Bytes of the frozen weights, with the constants of their quantization."""
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            continue
+        total += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            total += sum(value.nbytes for value in state.as_dict(packed=True).values())
+    return total
+
+
+def _from_hub(auto_class, model: str, **options):
+    try:
+        return auto_class.from_pretrained(model, **options)
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"cannot load '{model}': {first_line(error)} - give a model folder or a hub id; for a hub model "
+            "check the name and the network, and for a gated one (such as meta-llama/Llama-2-7b-hf) accept "
+            "its licence on its page and run `hf auth login`"
+        ) from error

@@ -1,0 +1,524 @@
+"""Masks, BOS, EOS and prompts of every format; expected rows are cut by hand, labelled by character."""
+
+import pytest
+from tokenizers import processors
+
+from qlora.data.batch import collate
+from qlora.data.formats import (
+    FALLBACK_CHAT_TEMPLATE,
+    IGNORE_INDEX,
+    DropRow,
+    chat_segments,
+    detect_format,
+    encode,
+    prompt_segments,
+    row_segments,
+    starts_with_bos,
+)
+from qlora.data.tokenize import tokenize_rows
+from qlora.errors import InputError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2_CHAT = (  # a BOS and an EOS round every turn, and a refusal, as in Llama-2-7b-chat-hf
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant!') }}{% endif %}{% endfor %}"
+)
+FORGETFUL = (  # drops the reasoning of all turns but the last, as Qwen3's does
+    "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\n"
+    "{% else %}A: {{ m['content'] if loop.last else m['content'].split('#')[-1] }}{{ eos_token }}\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+)
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName a tree.\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName it.\n\n### Input:\nA red leaf.\n\n### Response:\n"
+)
+
+
+def turns(*contents, system=None):
+    """A chat of alternating user and assistant turns."""
+    chat = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system else []) + chat
+
+
+def use_template(tokenizer, template):
+    if template == CHATML:
+        tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+        tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    tokenizer.chat_template = template
+
+
+def without_automatic_bos(tokenizer):
+    """As GPT-2's and Qwen's: there is a BOS token, but the tokenizer puts none in front."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+
+
+def cut_by_hand(tokenizer, parts):
+    """(ids, labels) of a row tokenized in one go; parts are (text, trained) with BOS and EOS spelled out."""
+    trained = [flag for text, flag in parts for _ in text]
+    text = "".join(text for text, _ in parts)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = []
+    for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        assert len(set(trained[start:end])) <= 1, "a token of this example straddles a boundary of its parts"
+        labels.append(token_id if trained[start] else IGNORE_INDEX)
+    return encoded["input_ids"], labels
+
+
+def tokenize(tokenizer, row, row_format="auto", **options):
+    max_length = options.pop("max_length", None)
+    rows = tokenize_rows([("rows line 1", row)], tokenizer, row_format, **options)
+    rows = rows.cut(max_length) if max_length else rows
+    ids, labels = rows[0]
+    return rows.row_format, ids.tolist(), labels.tolist()
+
+
+def last_answer(labels):
+    """Position of the first token of the last answer."""
+    return len(labels) - labels[::-1].index(IGNORE_INDEX)
+
+
+def prompt_ids(tokenizer, segments, row_format):
+    return encode(segments, starts_with_bos(row_format, tokenizer), tokenizer)[0]
+
+
+# name: (chat template, row, format that is detected, parts)
+ROWS = {
+    "text": (None, {"text": "A red leaf."}, "text", [("<s>", 0), ("A red leaf.</s>", 1)]),
+    "text that ends in EOS": (
+        None, {"text": "A red leaf.</s>\n"}, "text", [("<s>", 0), ("A red leaf.</s>", 1)]),
+    "guanaco": (
+        None, {"text": "### Human: What is it?### Assistant: A leaf."}, "guanaco",
+        [("<s>### Human: What is it?### Assistant:", 0), (" A leaf.</s>", 1)]),
+    "guanaco, two turns": (
+        None, {"text": "### Human: What?### Assistant: A leaf.### Human: Sure?### Assistant: Yes."},
+        "guanaco",
+        [("<s>### Human: What?### Assistant:", 0), (" A leaf.", 1),
+         ("### Human: Sure?### Assistant:", 0), (" Yes.</s>", 1)]),
+    "guanaco, open question at the end": (
+        None, {"text": "### Human: What?### Assistant: A leaf.### Human: Sure?"}, "guanaco",
+        [("<s>### Human: What?### Assistant:", 0), (" A leaf.</s>", 1)]),
+    "llama2": (
+        None, {"text": "<s>[INST] What is it? [/INST] A leaf. </s>"}, "llama2",
+        [("<s>[INST] What is it? [/INST]", 0), (" A leaf. </s>", 1)]),
+    "llama2, two turns": (
+        None, {"text": "<s>[INST] What? [/INST] A leaf. </s><s>[INST] Sure? [/INST] Yes. </s>"}, "llama2",
+        [("<s>[INST] What? [/INST]", 0), (" A leaf. </s>", 1),
+         ("<s>[INST] Sure? [/INST]", 0), (" Yes. </s>", 1)]),
+    "llama2, two turns without markers between": (
+        None, {"text": "[INST] What? [/INST] A leaf.[INST] Sure? [/INST] Yes."}, "llama2",
+        [("<s>[INST] What? [/INST]", 0), (" A leaf.", 1),
+         ("[INST] Sure? [/INST]", 0), (" Yes.</s>", 1)]),
+    "llama2, system prompt": (
+        None, {"text": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat? [/INST] A leaf."}, "llama2",
+        [("<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat? [/INST]", 0), (" A leaf.</s>", 1)]),
+    "alpaca": (
+        None, {"instruction": "Name a tree.", "output": "Oak"}, "alpaca",
+        [("<s>" + ALPACA, 0), ("Oak</s>", 1)]),
+    "alpaca, empty input": (
+        None, {"instruction": "Name a tree.", "input": "", "output": "Oak"}, "alpaca",
+        [("<s>" + ALPACA, 0), ("Oak</s>", 1)]),
+    "alpaca, null input": (
+        None, {"instruction": "Name a tree.", "input": None, "output": "Oak"}, "alpaca",
+        [("<s>" + ALPACA, 0), ("Oak</s>", 1)]),
+    "alpaca with input": (
+        None, {"instruction": "Name it.", "input": "A red leaf.", "output": "Leaf\n"}, "alpaca",
+        [("<s>" + ALPACA_WITH_INPUT, 0), ("Leaf\n</s>", 1)]),
+    "prompt_completion": (
+        None, {"prompt": "What is it?", "completion": " A leaf."}, "prompt_completion",
+        [("<s>What is it?", 0), (" A leaf.</s>", 1)]),
+    "prompt_completion with BOS and EOS": (
+        None, {"prompt": "<s>What is it?", "completion": " A leaf.</s>"}, "prompt_completion",
+        [("<s>What is it?", 0), (" A leaf.</s>", 1)]),
+    "messages, ChatML": (
+        CHATML, {"messages": turns("What?", "A leaf.", system="Be brief.")}, "messages",
+        [("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n"
+          "<|im_start|>assistant\n", 0),
+         ("A leaf.<|im_end|>", 1)]),
+    "messages, ChatML, two turns": (
+        CHATML, {"messages": turns("What?", "A leaf.", "Sure?", "Yes.")}, "messages",
+        [("<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n", 0), ("A leaf.<|im_end|>", 1),
+         ("\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n", 0), ("Yes.<|im_end|>", 1)]),
+    "messages, ShareGPT keys": (
+        CHATML, {"conversations": [
+            {"from": "system", "value": "Be brief."}, {"from": "human", "value": "What?"},
+            {"from": "gpt", "value": "A leaf."}]}, "messages",
+        [("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n"
+          "<|im_start|>assistant\n", 0),
+         ("A leaf.<|im_end|>", 1)]),
+    "messages, BOS in every turn": (
+        LLAMA2_CHAT, {"messages": turns("What?", "A leaf.", "Sure?", "Yes.")}, "messages",
+        [("<s>[INST] What? [/INST]", 0), (" A leaf. </s>", 1),
+         ("<s>[INST] Sure? [/INST]", 0), (" Yes. </s>", 1)]),
+    "messages, no template": (
+        None, {"messages": turns("What?", "A leaf.", "Sure?", "Yes.", system="Be brief.")}, "messages",
+        [("<s>### System: Be brief.\n### Human: What?\n### Assistant:", 0), (" A leaf.</s>", 1),
+         ("\n### Human: Sure?\n### Assistant:", 0), (" Yes.</s>", 1)]),
+    "messages, rewritten history": (
+        FORGETFUL, {"messages": turns("What?", "think#A leaf.", "Sure?", "think#Yes.")}, "messages",
+        [("Q: What?\nA: A leaf.</s>\nQ: Sure?\nA:", 0), (" think#Yes.</s>", 1)]),
+}  # fmt: skip
+EXAMPLES = pytest.mark.parametrize("template, row, row_format, parts", ROWS.values(), ids=ROWS)
+
+
+# ---------------------------------------------------------------- masks
+
+
+@EXAMPLES
+def test_the_answers_and_their_eos_are_trained_and_nothing_else(tokenizer, template, row, row_format, parts):
+    use_template(tokenizer, template)
+    expected = cut_by_hand(tokenizer, parts)
+    assert tokenize(tokenizer, row) == (row_format, *expected)
+
+
+@EXAMPLES
+def test_a_forced_format_gives_the_detected_row(tokenizer, template, row, row_format, parts):
+    use_template(tokenizer, template)
+    assert tokenize(tokenizer, row, row_format) == tokenize(tokenizer, row)
+
+
+@EXAMPLES
+def test_the_loss_on_everything_leaves_only_the_first_token_out(tokenizer, template, row, row_format, parts):
+    use_template(tokenizer, template)
+    _, ids, _ = tokenize(tokenizer, row)
+    assert tokenize(tokenizer, row, completion_only_loss=False) == (row_format, ids, [IGNORE_INDEX, *ids[1:]])
+
+
+def test_the_first_token_is_no_target_where_there_is_no_bos(tokenizer):
+    without_automatic_bos(tokenizer)
+    _, ids, labels = tokenize(tokenizer, {"text": "What is it?"})
+    assert ids == [*tokenizer("What is it?", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert labels == [IGNORE_INDEX, *ids[1:]]
+
+
+def test_text_is_read_from_the_named_column(tokenizer):
+    row = {"text": "no", "body": "### Human: What?### Assistant: A leaf."}
+    parts = [("<s>### Human: What?### Assistant:", 0), (" A leaf.</s>", 1)]
+    assert tokenize(tokenizer, row, text_field="body") == ("guanaco", *cut_by_hand(tokenizer, parts))
+
+
+def test_llama2_marks_become_the_tokenizers_own_bos_and_eos(tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>", "eos_token": "<|end|>"})
+    without_automatic_bos(tokenizer)
+    row = {"text": "<s>[INST] What? [/INST] A leaf. </s><s>[INST] Sure? [/INST] Yes. </s>"}
+    parts = [
+        ("<|begin|>[INST] What? [/INST]", 0),
+        (" A leaf. <|end|>", 1),
+        ("<|begin|>[INST] Sure? [/INST]", 0),
+        (" Yes. <|end|>", 1),
+    ]
+    assert tokenize(tokenizer, row) == ("llama2", *cut_by_hand(tokenizer, parts))
+
+
+def test_a_trailing_question_does_not_lose_the_answer_before_it(tokenizer):
+    """Also where the template writes that answer differently once a question follows."""
+    use_template(tokenizer, FORGETFUL)
+    parts = [("Q: What?\nA:", 0), (" think#A leaf.</s>", 1)]
+    row = {"messages": turns("What?", "think#A leaf.", "Sure?")}
+    assert tokenize(tokenizer, row) == ("messages", *cut_by_hand(tokenizer, parts))
+
+
+# ---------------------------------------------------------------- BOS and EOS
+
+
+@EXAMPLES
+def test_one_bos_in_front_and_one_eos_at_the_end(tokenizer, template, row, row_format, parts):
+    use_template(tokenizer, template)
+    _, ids, labels = tokenize(tokenizer, row)
+    has_bos = template not in (CHATML, FORGETFUL)  # these spell out none
+    assert (ids[0] == tokenizer.bos_token_id) is has_bos and ids[1] != tokenizer.bos_token_id
+    assert ids[-1] == labels[-1] == tokenizer.eos_token_id and ids[-2] != tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is it?",
+        "<s>What is it?",
+        "<s><s>What is it?",
+        " <s>What is it?",
+        "\n<s> <s>What is it?",
+        "<s>What is it?</s>",
+    ],
+)
+def test_a_bos_that_stands_in_the_text_is_not_doubled(tokenizer, text):
+    _, ids, _ = tokenize(tokenizer, {"text": text})
+    words = tokenizer("What is it?", add_special_tokens=False)["input_ids"]
+    assert ids == [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
+
+
+def test_a_bos_in_the_text_counts_where_the_tokenizer_adds_none(tokenizer):
+    without_automatic_bos(tokenizer)
+    _, ids, _ = tokenize(tokenizer, {"text": "<s>What is it?"})
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_eos_is_a_target_of_every_row_also_where_it_is_the_pad_token(tokenizer):
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = tokenize_rows([("line", {"text": text}) for text in ("What?", "What is it? A leaf.")], tokenizer)
+    batch = collate([[rows[0]], [rows[1]]], tokenizer.pad_token_id)
+    assert len(rows[0][0]) < len(rows[1][0]) <= batch["input_ids"].shape[1]
+    assert batch["target_ids"].tolist().count(tokenizer.eos_token_id) == 2
+    assert len(batch["target_ids"]) == sum(len(ids) - 1 for ids, _ in (rows[0], rows[1]))
+
+
+@pytest.mark.parametrize("fmt, with_bos", [("text", True), ("alpaca", True), ("messages", False)])
+def test_bos_is_automatic_except_where_a_chat_template_decides(tokenizer, fmt, with_bos):
+    assert starts_with_bos(fmt, tokenizer) is with_bos
+    without_automatic_bos(tokenizer)
+    assert starts_with_bos(fmt, tokenizer) is False
+
+
+# ---------------------------------------------------------------- prompts
+
+
+WITH_PROMPT = {
+    name: example for name, example in ROWS.items() if not name.startswith("text") and "open" not in name
+}
+
+
+@pytest.mark.parametrize("template, row, row_format, parts", WITH_PROMPT.values(), ids=WITH_PROMPT)
+def test_a_prompt_is_its_row_up_to_the_last_answer(tokenizer, template, row, row_format, parts):
+    use_template(tokenizer, template)
+    _, ids, labels = tokenize(tokenizer, row)
+    segments = prompt_segments(row, row_format, "text", tokenizer)
+    assert prompt_ids(tokenizer, segments, row_format) == ids[: last_answer(labels)]
+
+
+CHATS = pytest.mark.parametrize(
+    "template, row_format, row",
+    [
+        (
+            None,
+            "guanaco",
+            {"text": "### Human: What?### Assistant: A leaf.### Human: Sure?### Assistant: Yes."},
+        ),
+        (None, "llama2", {"text": "<s>[INST] What? [/INST] A leaf. </s><s>[INST] Sure? [/INST] Yes. </s>"}),
+        (CHATML, "messages", {"messages": turns("What?", "A leaf.", "Sure?", "Yes.")}),
+        (LLAMA2_CHAT, "messages", {"messages": turns("What?", "A leaf.", "Sure?", "Yes.")}),
+        (FALLBACK_CHAT_TEMPLATE, "messages", {"messages": turns("What?", "A leaf.", "Sure?", "Yes.")}),
+        (FORGETFUL, "messages", {"messages": turns("What?", "think#A leaf.", "Sure?", "think#Yes.")}),
+    ],
+    ids=["guanaco", "llama2", "ChatML", "Llama 2 chat", "fallback", "rewritten history"],
+)
+
+
+@CHATS
+@pytest.mark.parametrize("automatic_bos", [True, False])
+def test_a_chat_is_written_as_it_was_trained(tokenizer, template, row_format, row, automatic_bos):
+    use_template(tokenizer, template)
+    if not automatic_bos:
+        without_automatic_bos(tokenizer)
+    _, ids, labels = tokenize(tokenizer, row)
+    chat = turns("What?", "think#A leaf." if template == FORGETFUL else "A leaf.", "Sure?")
+    asked = prompt_ids(tokenizer, chat_segments(chat, row_format, tokenizer), row_format)
+    assert asked == ids[: last_answer(labels)]
+
+
+@pytest.mark.parametrize(
+    "row_format, wrapped",
+    [
+        ("text", "<s>What?"),
+        ("prompt_completion", "<s>What?"),
+        ("guanaco", "<s>### Human: What?### Assistant:"),
+        ("llama2", "<s>[INST] What? [/INST]"),
+        ("alpaca", "<s>" + ALPACA.replace("Name a tree.", "What?")),
+        ("messages", "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"),
+    ],
+)
+def test_a_bare_prompt_is_wrapped_in_the_format(tokenizer, row_format, wrapped):
+    use_template(tokenizer, CHATML)
+    segments = prompt_segments({"prompt": "What?"}, row_format, "text", tokenizer)
+    expected = tokenizer(wrapped, add_special_tokens=False)["input_ids"]
+    assert prompt_ids(tokenizer, segments, row_format) == expected
+
+
+@pytest.mark.parametrize("answered", [("A leaf.",), ("A leaf.", "A red leaf.")])
+def test_only_answers_at_the_end_are_left_out_of_a_prompt(tokenizer, answered):
+    use_template(tokenizer, CHATML)
+    question = turns("What?", "A leaf.", "Sure?")
+    row = {"messages": question + [{"role": "assistant", "content": content} for content in answered]}
+    expected = chat_segments(question, "messages", tokenizer)
+    assert prompt_segments(row, "messages", "text", tokenizer) == expected
+    assert prompt_segments({"messages": question}, "messages", "text", tokenizer) == expected
+    assert expected[-1][0].endswith("user\nSure?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_an_alpaca_chat_asks_the_last_question_only(tokenizer):
+    chat = chat_segments(turns("What?", "A leaf.", "Name a tree."), "alpaca", tokenizer)
+    assert chat == [(ALPACA, False)]
+
+
+@pytest.mark.parametrize("messages", [[], turns("What?", "A leaf.")[1:]])
+def test_messages_without_a_question_are_refused_not_crashed_on(tokenizer, messages):
+    use_template(tokenizer, CHATML)
+    with pytest.raises(DropRow):
+        encode(prompt_segments({"messages": messages}, "messages", "text", tokenizer), False, tokenizer)
+
+
+PAIRS = pytest.mark.parametrize(
+    "prompt, answer",
+    [
+        ("What is it?", " A leaf."),
+        ("What is it?\n", "A leaf."),
+        ("What is it?\n", "\nA leaf."),
+        ("Name it: ", "a leaf"),
+        ("Name it: ", "What"),
+        ("is it Wh", "at"),
+        ("", "What is it?"),
+        ("What is it?", "\u6f22\u00e9 \U0001f600"),
+    ],
+)
+
+
+@PAIRS
+def test_the_ids_of_a_prompt_do_not_depend_on_the_answer(tokenizer, prompt, answer):
+    alone, _ = encode([(prompt, False)], True, tokenizer)
+    ids, labels = encode([(prompt, False), (answer, True)], True, tokenizer)
+    assert ids[: len(alone)] == alone
+    assert labels == [IGNORE_INDEX] * len(alone) + ids[len(alone) :]
+
+
+@PAIRS
+def test_a_row_decodes_to_its_own_text(tokenizer, prompt, answer):
+    """No space creeps in between prompt and answer, even where the two could share a token."""
+    ids, _ = encode([(prompt, False), (answer, True)], True, tokenizer)
+    assert tokenizer.decode(ids[1:]) == prompt + answer
+
+
+def test_an_empty_segment_changes_nothing(tokenizer):
+    segments = [("What is it?", False), (" A leaf.", True), (" Yes.", True)]
+    for position in range(4):
+        with_empty = [*segments[:position], ("", False), *segments[position:]]
+        assert encode(with_empty, True, tokenizer) == encode(segments, True, tokenizer)
+
+
+# ---------------------------------------------------------------- detection
+
+
+GUANACO, LLAMA2, PLAIN = "### Human: a### Assistant: b", "<s>[INST] a [/INST] b </s>", "a b"
+
+
+@pytest.mark.parametrize(
+    "rows, row_format",
+    [
+        ([{"messages": []}], "messages"),
+        ([{"conversations": []}], "messages"),
+        ([{"instruction": "a", "output": "b"}], "alpaca"),
+        ([{"prompt": "a", "completion": "b"}], "prompt_completion"),
+        ([{"text": GUANACO}], "guanaco"),
+        ([{"text": LLAMA2}], "llama2"),
+        ([{"text": PLAIN}], "text"),
+        ([{"text": GUANACO}, {"text": PLAIN}], "text"),
+        ([{"text": LLAMA2}, {"text": GUANACO}], "text"),
+        ([{"text": GUANACO}, {"text": ""}, {"text": None}, {}], "guanaco"),
+        ([{"text": None}], "text"),
+        ([{"instruction": "a", "output": "b", "text": GUANACO}], "alpaca"),
+        ([{"prompt": "a", "completion": "b", "text": PLAIN}], "prompt_completion"),
+        ([{"instruction": "a", "output": "b", "prompt": "a", "completion": "b"}], "alpaca"),
+        ([{"messages": [], "instruction": "a", "output": "b"}], "messages"),
+        ([{"conversations": [], "prompt": "a", "completion": "b", "text": "a"}], "messages"),
+        ([{"instruction": "a"}, {"output": "b"}], "alpaca"),
+        ([{"prompt": "a", "text": PLAIN}], "text"),
+        ([{"question": "a"}], None),
+        ([{"instruction": "a"}], None),
+        ([{}], None),
+    ],
+)
+def test_the_format_is_recognised_from_the_columns(rows, row_format):
+    assert detect_format(rows, "text") == row_format
+
+
+def test_the_format_of_text_is_looked_for_in_the_named_column():
+    assert detect_format([{"body": GUANACO, "text": PLAIN}], "body") == "guanaco"
+
+
+def test_a_forced_format_overrules_detection(tokenizer):
+    row = {"text": "### Human: What?### Assistant: A leaf.", "prompt": "What?", "completion": " A leaf."}
+    parts = [("<s>", 0), (row["text"] + "</s>", 1)]
+    assert tokenize(tokenizer, row, "text") == ("text", *cut_by_hand(tokenizer, parts))
+
+
+@pytest.mark.parametrize(
+    "row_format, missing",
+    [
+        ("alpaca", "instruction"),
+        ("prompt_completion", "completion"),
+        ("guanaco", "text"),
+        ("llama2", "text"),
+        ("text", "text"),
+        ("messages", "messages"),
+    ],
+)
+def test_a_forced_format_without_its_columns_is_an_error_that_lists_them(tokenizer, row_format, missing):
+    with pytest.raises(InputError, match=r"\['output', 'prompt'\]") as error:
+        tokenize(tokenizer, {"prompt": "a", "output": "b"}, row_format)
+    assert repr(missing) in str(error.value) or row_format == "messages"
+
+
+# ---------------------------------------------------------------- rows that cannot be used
+
+
+@pytest.mark.parametrize(
+    "row, row_format, reason",
+    [
+        ({"text": ""}, "text", "empty text"),
+        ({"text": " \n"}, "guanaco", "empty text"),
+        ({"text": "no marker"}, "guanaco", "no response"),
+        ({"text": "no marker"}, "llama2", "no response"),
+        ({"text": "### Human: a### Assistant:"}, "guanaco", "no response"),
+        ({"text": "### Human: a### Assistant: \n"}, "guanaco", "empty response"),
+        ({"text": "### Human: a### Assistant: ### Human: b### Assistant: c"}, "guanaco", "empty response"),
+        ({"text": "[INST] a [/INST]"}, "llama2", "no response"),
+        ({"text": "<s>[INST] a [/INST] </s>"}, "llama2", "empty response"),
+        ({"text": "<s>[INST] a [/INST] </s><s>[INST] b [/INST] c </s>"}, "llama2", "empty response"),
+        ({"prompt": "a", "completion": " "}, "prompt_completion", "empty response"),
+        ({"prompt": "a", "completion": "</s>"}, "prompt_completion", "empty response"),
+        ({"instruction": "a", "output": ""}, "alpaca", "empty response"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "alpaca", "'input' is a number"),
+        ({"messages": turns("a", "")}, "messages", "empty response"),
+        ({"messages": turns("a", " ", "b", "c")}, "messages", "empty response"),
+        ({"messages": turns("a")}, "messages", "no response"),
+        ({"messages": []}, "messages", "no response"),
+        ({"messages": None}, "messages", "'messages' is not a list"),
+        ({"messages": "a"}, "messages", "'messages' is not a list"),
+        ({"messages": ["a"]}, "messages", "'messages' is not a list"),
+        ({"conversations": {"from": "human"}}, "messages", "'conversations' is not a list"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "no text or no role"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages", "no text or no role"),
+        ({"messages": [{"content": "a"}]}, "messages", "no text or no role"),
+        ({"messages": turns("a", "b", system="c")}, "messages", "refuses it: Only user and assistant!"),
+    ],
+)
+def test_an_unusable_row_is_dropped_for_its_reason(tokenizer, row, row_format, reason):
+    use_template(tokenizer, LLAMA2_CHAT)
+    with pytest.raises(DropRow) as error:
+        row_segments(row, row_format, "text", tokenizer)
+    assert reason in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("role", ["gpt", "chatgpt", "bing", "bard", "model", "assistant"])
+def test_the_answers_of_every_assistant_are_trained(role, tokenizer):
+    tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+    row = {"conversations": [{"from": "human", "value": "Red?"}, {"from": role, "value": "A leaf."}]}
+    segments = row_segments(row, "messages", "text", tokenizer)
+    assert "".join(text for text, trained in segments if trained).strip().startswith("A leaf.")
+
+
+def test_a_role_that_the_plain_chat_template_does_not_know_drops_the_row(tokenizer):
+    tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
+    turns = [("user", "Red?"), ("tool", "42"), ("assistant", "A leaf.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    with pytest.raises(DropRow, match="unknown role tool"):
+        row_segments(row, "messages", "text", tokenizer)

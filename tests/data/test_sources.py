@@ -1,0 +1,329 @@
+"""Reading: every kind of file, broken and odd ones, folders, and slices against `datasets`."""
+
+import json
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from qlora.data.sources import RowSource, read_rows
+from qlora.data.tokenize import tokenize_rows
+from qlora.errors import InputError
+
+ROWS = [
+    {"prompt": "What?", "completion": " A leaf."},
+    {"prompt": "Sure?", "completion": " Yes.\nAll over. \u00e9"},
+]
+
+
+def read(path, split="train"):
+    """The rows of a file or folder without their locations."""
+    return [row for _, row in read_rows(str(path), split)]
+
+
+def located(*rows):
+    return [(f"rows line {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def write_parquet(path, rows):
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+# ---------------------------------------------------------------- bad input: an error that says where
+
+
+GOOD = b'{"text": "a"}\n'
+BROKEN_FILES = {
+    "empty jsonl": ("r.jsonl", b"", "no rows"),
+    "newlines only": ("r.jsonl", b"\n\r\n  \n", "no rows"),
+    "BOM only": ("r.jsonl", b"\xef\xbb\xbf\n", "no rows"),
+    "truncated last line": ("r.jsonl", GOOD + b'{"text": "b', "line 2 is not valid JSON"),
+    "bad JSON in the middle": ("r.jsonl", GOOD + b'\n{"text": b}\n' + GOOD, "line 3 is not valid JSON"),
+    "not an object": ("r.jsonl", GOOD + b'["a"]\n', "line 2 is not a JSON object"),
+    "bare number": ("r.jsonl", b"3\n", "line 1 is not a JSON object"),
+    "NULs from a lost write": ("r.jsonl", GOOD + b"\0\0\0\0\n", "line 2 is not valid JSON"),
+    "not UTF-8": ("r.jsonl", GOOD + b'{"text": "caf\xe9"}\n', r"line 2 is not UTF-8 \(byte 14\)"),
+    "UTF-16": ("r.jsonl", GOOD.decode().encode("utf-16"), "line 1 is not UTF-8"),
+    "lone surrogate": ("r.jsonl", GOOD + b'{"text": "\\ud800"}\n', "line 2 holds a lone surrogate"),
+    "lone surrogate in depth": ("r.jsonl", b'{"a": [{"b": "\\udfff"}]}\n', "line 1 holds a lone surrogate"),
+    "endless number": ("r.jsonl", GOOD + b'{"text": ' + b"1" * 5000 + b"}\n", "line 2"),
+    "endless nesting": ("r.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2"),
+    "empty json": ("r.json", b"", "no rows"),
+    "empty json list": ("r.json", b"[]", "no rows"),
+    "json list cut": ("r.json", b'[\n{"text": "a"},\n{"text": "b"\n', "line 4 is not valid JSON"),
+    "json text": ("r.json", b'"a"', "not a list of objects"),
+    "json list of texts": ("r.json", b'[{"text": "a"}, "b"]', "row 2 is not a JSON object"),
+    "json lone surrogate": ("r.json", b'[{"a": "a"}, {"a": "\\ud800"}]', "row 2 holds a lone surrogate"),
+    "json not UTF-8": ("r.json", b'[\n{"text": "a"},\n{"text": "\xff"}]', "line 3 is not UTF-8"),
+    "json lines under json, cut": ("r.json", GOOD + b'{"text": "b', "line 2 is not valid JSON"),
+    "empty csv": ("r.csv", b"", "no rows"),
+    "csv header only": ("r.csv", b"text\r\n", "no rows"),
+    "csv field too many": ("r.csv", b"text\na\nb,c\n", "line 3 has more fields"),
+    "csv open quote": ("r.csv", b'text\na\nb\n"c\nd\n', "line [45] is not valid CSV"),
+    "csv stray quote": ("r.csv", b'text\na\n"b"c\nd\n', "line 3 is not valid CSV"),
+    "csv not UTF-8": ("r.csv", b"text\na\n\xff\n", "line 3 is not UTF-8"),
+    "empty txt": ("r.txt", b"", "no rows"),
+    "txt not UTF-8": ("r.txt", b"a\n\xff\n", "line 2 is not UTF-8"),
+    "empty parquet": ("r.parquet", b"", "cannot be read as parquet"),
+    "parquet cut": ("r.parquet", b"PAR1\0\0", "cannot be read as parquet"),
+    "unknown suffix": ("r.md", b"a\n", r"\.jsonl"),
+    "no suffix": ("rows", b"a\n", r"\.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name, content, message", BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_a_broken_file_is_an_error_that_names_file_and_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_broken_line_beyond_the_slice_is_not_reached(tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(GOOD + b"oops\n")
+    assert read(tmp_path / "r.jsonl", "train[:1]") == [{"text": "a"}]
+
+
+def test_parquet_text_that_is_not_utf8_is_an_error_that_names_the_file(tmp_path):
+    offsets, data = np.array([0, 1, 2], dtype=np.int32).tobytes(), b"a\xff"
+    column = pa.StringArray.from_buffers(2, pa.py_buffer(offsets), pa.py_buffer(data))
+    pyarrow.parquet.write_table(pa.table({"text": column}), tmp_path / "r.parquet")
+    with pytest.raises(InputError, match=r"r\.parquet"):
+        read(tmp_path / "r.parquet")
+
+
+def test_an_empty_parquet_table_has_no_rows(tmp_path):
+    pyarrow.parquet.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "r.parquet")
+    with pytest.raises(InputError, match="no rows"):
+        read(tmp_path / "r.parquet")
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "folder/none.csv", "./none", "~/none"])
+def test_a_missing_file_is_an_error_and_no_hub_id(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such data file or folder"):
+        read(name)
+
+
+def test_a_hub_name_that_cannot_be_loaded_is_one_line(monkeypatch):
+    with pytest.raises(InputError, match="cannot load the data set 'nobody/nothing'") as error:
+        read("nobody/nothing")
+    assert len(str(error.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------- odd input that is fine
+
+
+GOOD_FILES = {
+    "blank lines": ("r.jsonl", b'\n{"text": "a"}\n  \n\n{"text": "b"}\n\n', ["a", "b"]),
+    "no newline at the end": ("r.jsonl", b'{"text": "a"}\n{"text": "b"}', ["a", "b"]),
+    "BOM": ("r.jsonl", b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+    "CRLF": ("r.jsonl", b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n', ["a", "b"]),
+    "raw NUL": ("r.jsonl", b'{"text": "a\0b"}\n', ["a\0b"]),
+    "escaped NUL": ("r.jsonl", b'{"text": "a\\u0000b"}\n', ["a\0b"]),
+    "surrogate pair": ("r.jsonl", b'{"text": "\\ud83d\\ude00"}\n', ["\U0001f600"]),
+    "line separator in text": ("r.jsonl", '{"text": "a\u2028b\x85c"}\n'.encode(), ["a\u2028b\x85c"]),
+    "json list": ("r.json", b'[{"text": "a"},\n {"text": "b"}]', ["a", "b"]),
+    "json under data": ("r.json", b'{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}', ["a", "b"]),
+    "json, one object": ("r.json", b'{\n"text": "a"\n}', ["a"]),
+    "json, BOM and CRLF": ("r.json", b'\xef\xbb\xbf[\r\n{"text": "a"}\r\n]\r\n', ["a"]),
+    "json lines under json": ("r.json", b'\n{"text": "a"}\r\n\n{"text": "b"}\n', ["a", "b"]),
+    "csv": ("r.csv", b'id,text\n1,a\n2,"b, ""c"""\n', ["a", 'b, "c"']),
+    "csv, BOM and CRLF": ("r.csv", b"\xef\xbb\xbftext,id\r\na,1\r\n\r\nb,2\r\n", ["a", "b"]),
+    "csv, lines in a field": ("r.csv", b'text\n"a\n\nb"\n', ["a\n\nb"]),
+    "csv, NUL": ("r.csv", b"text\na\0b\n", ["a\0b"]),
+    "csv, blank line in front": ("r.csv", b"\ntext\na\n", ["a"]),
+    "csv, huge field": ("r.csv", b"text\n" + b"a" * 200_000 + b"\n", ["a" * 200_000]),
+    "txt": ("r.txt", b"\xef\xbb\xbfa\r\n\n  \n b \n", ["a", " b "]),
+    "capital suffix": ("R.JSONL", b'{"text": "a"}\n', ["a"]),
+}
+
+
+@pytest.mark.parametrize("name, content, texts", GOOD_FILES.values(), ids=GOOD_FILES)
+def test_odd_but_good_files_are_read(tmp_path, name, content, texts):
+    (tmp_path / name).write_bytes(content)
+    assert [row["text"] for row in read(tmp_path / name)] == texts
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif suffix == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif suffix == "csv":
+        text = 'prompt,completion\nWhat?, A leaf.\nSure?," Yes.\nAll over. \u00e9"\n'
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_parquet(path, ROWS)
+    assert read(path) == ROWS
+
+
+def test_locations_are_lines_or_rows(tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(b"\n" + GOOD + b"\n" + GOOD)
+    (tmp_path / "r.json").write_bytes(b'[{"text": "a"},\n\n{"text": "b"}]')
+    (tmp_path / "r.csv").write_bytes(b'text\n\na\n"b\nc"\n')
+    for name, places in {
+        "r.jsonl": ["line 2", "line 4"],
+        "r.json": ["row 1", "row 2"],
+        "r.csv": ["line 3", "line 5"],
+    }.items():
+        found = [where for where, _ in read_rows(str(tmp_path / name), "train")]
+        assert found == [f"{tmp_path / name} {place}" for place in places]
+
+
+def test_nul_reaches_the_tokenizer_and_comes_back(tokenizer):
+    rows = tokenize_rows(located({"text": "a\0b"}), tokenizer)
+    assert tokenizer.decode(rows[0][0][1:-1]) == "a\0b"
+
+
+# ---------------------------------------------------------------- folders and slices
+
+
+def make_folder(folder, **texts):
+    """One jsonl file for each name; __ stands for a slash."""
+    for name, text in texts.items():
+        path = folder / (name.replace("__", "/") + ".jsonl")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"text": text}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names, split, chosen",
+    [
+        (["rows"], "train", ["rows"]),
+        (["b", "a"], "train", ["a", "b"]),
+        (["train", "validation", "test"], "train", ["train"]),
+        (["train", "validation", "test"], "validation", ["validation"]),
+        (
+            ["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"],
+            "train",
+            ["train-00000-of-00002", "train-00001-of-00002"],
+        ),
+        (["data__train_1", "data__test_1"], "test", ["data__test_1"]),
+        (["train__rows", "validation__rows"], "validation", ["validation__rows"]),
+        (["train", "extra"], "train", ["train"]),
+        (["rows", "test"], "train", ["rows"]),
+        (["my_train_rows", "my_validation_rows"], "train", ["my_train_rows"]),
+        (["constraint", "latest"], "train", ["constraint", "latest"]),
+        (["train_sft-0", "test_sft-0"], "train_sft", ["train_sft-0"]),
+        (["fold1", "fold2"], "fold2", ["fold2"]),
+    ],
+)
+def test_a_split_of_a_folder_is_chosen_by_file_names(tmp_path, names, split, chosen):
+    make_folder(tmp_path, **{name: name for name in names})
+    assert [row["text"] for row in read(tmp_path, split)] == chosen
+
+
+@pytest.mark.parametrize(
+    "word", ["validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"]
+)
+def test_files_that_datasets_takes_for_test_or_validation_are_not_trained_on(tmp_path, word):
+    make_folder(tmp_path, rows="training row", **{word: "held-out row"})
+    assert read(tmp_path) == [{"text": "training row"}]
+
+
+def test_files_of_other_kinds_and_mixed_kinds_in_a_folder(tmp_path):
+    make_folder(tmp_path, a="a")
+    (tmp_path / "b.csv").write_text("text\nb\n")
+    (tmp_path / "c.png").write_bytes(b"\x89PNG")
+    assert read(tmp_path) == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("split", ["validation", "train2", "test"])
+def test_a_split_that_a_folder_lacks_is_an_error(tmp_path, split):
+    make_folder(tmp_path, train="a")
+    with pytest.raises(InputError, match=f"no .* file of split '{split}'"):
+        read(tmp_path, split)
+
+
+def test_a_folder_without_data_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=r"has no \.json"):
+        read(tmp_path)
+
+
+def test_a_single_file_has_only_the_split_train(tmp_path):
+    make_folder(tmp_path, rows="a")
+    with pytest.raises(InputError, match="single file"):
+        read(tmp_path / "rows.jsonl", "validation")
+
+
+BOUNDS = ["", "0", "3", "50", "-5", "-50", "10%", "33%", "90%", "-10%", "100%"]
+
+
+@pytest.mark.parametrize("number", [1, 7, 10, 25])
+def test_slices_are_those_of_datasets(tmp_path, number):
+    half = number // 2
+    for name, chosen in (("a", range(half)), ("b", range(half, number))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in chosen))
+    for start in BOUNDS:
+        for stop in BOUNDS:
+            if start and stop and ("%" in start) != ("%" in stop):
+                continue  # datasets takes no mixture
+            split = f"train[{start}:{stop}]"
+            (wanted,) = datasets.ReadInstruction.from_spec(split).to_absolute({"train": number})
+            expected = [str(i) for i in range(wanted.from_, wanted.to)]
+            if expected:
+                assert [row["text"] for row in read(tmp_path, split)] == expected, split
+            else:
+                with pytest.raises(InputError, match="no rows in"):
+                    read(tmp_path, split)
+
+
+@pytest.mark.parametrize("percent", [1, 37, 50, 90, 99])
+def test_complementary_slices_split_the_rows(tmp_path, percent):
+    (tmp_path / "r.txt").write_text("".join(f"{i}\n" for i in range(101)))
+    first = read(tmp_path / "r.txt", f"train[:{percent}%]")
+    second = read(tmp_path / "r.txt", f"train[{percent}%:]")
+    assert [row["text"] for row in first + second] == [str(i) for i in range(101)]
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        "",
+        " ",
+        "train[",
+        "train[5]",
+        "train[:5",
+        "train[a:b]",
+        "train[:5.5%]",
+        "train[::2]",
+        "train[:5][:3]",
+        "a b",
+        "[:5]",
+        "train+test",
+    ],
+)
+def test_a_split_that_cannot_be_read_is_an_error(tmp_path, split):
+    make_folder(tmp_path, train="a")
+    with pytest.raises(InputError, match="cannot read the split"):
+        read(tmp_path, split)
+
+
+def test_a_hub_data_set_can_be_streamed(monkeypatch):
+    calls = []
+
+    def load_dataset(*arguments, **options):
+        calls.append((arguments, options))
+        return datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = list(RowSource("someone/data", "train", "configuration", streaming=True))
+    assert [row for _, row in rows] == ROWS and rows[1][0] == "someone/data row 2"
+    assert calls == [(("someone/data", "configuration"), {"split": "train", "streaming": True})]
+
+
+def test_trouble_in_the_middle_of_a_stream_is_one_line(monkeypatch):
+    def rows():
+        yield ROWS[0]
+        raise ConnectionError("the network is gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    with pytest.raises(InputError, match="someone/data cannot be read after row 1: the network is gone"):
+        list(RowSource("someone/data", streaming=True))

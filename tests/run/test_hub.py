@@ -1,0 +1,116 @@
+"""The model card and the upload, with a hub that is played."""
+
+import json
+
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+
+from qlora import merge
+from qlora.errors import InputError
+from qlora.run import hub
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """What was sent to a hub that takes all; its names are read as `you/name`."""
+    sent = []
+
+    class Api:
+        def whoami(self):
+            return {"name": "you"}
+
+        def create_repo(self, repo, private, exist_ok):
+            sent.append({"repo": repo, "private": private})
+            return f"hub/{repo}"
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            names = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+            sent[-1]["files"] = set(filter_repo_objects(names, allow_patterns=allow_patterns))
+            sent[-1]["folder"] = folder_path
+
+        def upload_file(self, path_or_fileobj, path_in_repo, repo_id):
+            sent[-1]["files"].add(path_in_repo)
+            sent[-1][path_in_repo] = json.loads(path_or_fileobj)
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    return sent
+
+
+def test_a_training_uploads_its_adapter_and_nothing_private(run, base, uploads, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "my-notes.txt").write_text("private")
+    _, folder = run("--max_steps 1 --push_to_hub --hub_model_id tiny --hub_private_repo")
+    (upload,) = uploads
+    assert (upload["repo"], upload["private"], upload["folder"]) == ("you/tiny", True, folder)
+    assert upload["files"] == {
+        "adapter_model.safetensors", "adapter_config.json", "generate_defaults.json", "README.md", "loss.png",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert upload["adapter_config.json"]["base_model_name_or_path"] == "tiny-llama"
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    assert 'from_pretrained("you/tiny")' in (folder / "README.md").read_text()
+
+
+def test_a_merged_model_is_uploaded_under_its_folders_name(run, base, tmp_path, uploads):
+    _, folder = run("--max_steps 1")
+    out = tmp_path / "tiny-merged"
+    argv = ["--model", base, "--adapter", str(folder), "--output_dir", str(out), "--push_to_hub"]
+    merge.main(argv)
+    assert (uploads[0]["repo"], uploads[0]["folder"]) == ("you/tiny-merged", out)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= uploads[0]["files"]
+
+
+@pytest.mark.parametrize(
+    "flags, metrics",
+    [
+        ("[]", "7\n"),
+        ('{"dataset": null}', '{"step": 1, "loss": "x", "eval_loss": 2}\n'),
+        ('{"dataset": [1]}', '{"eval_loss": null}\n'),
+        ("{", ""),
+    ],
+)
+def test_a_card_is_written_whatever_the_run_has_left(tmp_path, flags, metrics):
+    (tmp_path / "train_config.json").write_text(flags)
+    (tmp_path / "metrics.jsonl").write_text(metrics)
+    assert "# tiny" in hub.model_card("you/tiny", "you/base", tmp_path, is_merged=True)
+
+
+def test_a_path_that_is_no_longer_there_is_not_said(tmp_path):
+    (tmp_path / "train_config.json").write_text(
+        '{"dataset": ["/home/me/secret/rows.jsonl", "data/rows.csv"]}'
+    )
+    card = hub.model_card("you/tiny", "/home/me/secret/base", tmp_path, is_merged=False)
+    assert "secret" not in card and "data/" not in card and "`rows.jsonl`, `rows.csv`" in card
+
+
+def test_the_card_says_base_data_flags_and_losses_but_no_path(run, rows_file, base):
+    _, folder = run("--max_steps 2 --eval_steps 1 --logging_steps 1 --lora_r 5 --validation_split 0.1")
+    card = (folder / "README.md").read_text()
+    assert "# out\n" in card and "A QLoRA adapter for `tiny-llama`" in card and "`rows.jsonl`" in card
+    assert "| `--lora_r` | 5 |" in card and "library_name: peft" in card
+    assert card.count("\n| 1 | ") == 1 and card.count("\n| 2 | ") == 1
+    assert rows_file not in card and base not in card and str(folder) not in card
+
+
+def test_a_base_and_data_of_the_hub_are_linked(tmp_path):
+    (tmp_path / "train_config.json").write_text('{"dataset": ["someone/rows"]}')
+    card = hub.model_card("you/tiny", "meta-llama/Llama-2-7b-hf", tmp_path, is_merged=True)
+    assert "base_model: meta-llama/Llama-2-7b-hf\n" in card and "datasets:\n- someone/rows\n" in card
+    assert 'AutoModelForCausalLM.from_pretrained("you/tiny"' in card
+
+
+def test_who_is_not_logged_in_hears_it_before_the_data_is_read(run, monkeypatch):
+    monkeypatch.setattr("train.load_data", lambda config: pytest.fail("read"))
+    with pytest.raises(InputError, match=r"--push_to_hub: the hub does not know you"):
+        run("--max_steps 1 --push_to_hub")  # offline
+    with pytest.raises(InputError, match="--hub_model_id a/b/c is no name for a repository"):
+        run("--max_steps 1 --push_to_hub --hub_model_id a/b/c")
+
+
+def test_an_upload_that_fails_says_where_the_adapter_is(run, uploads, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("503 Service Unavailable")
+
+    monkeypatch.setattr(hub.HfApi, "upload_folder", fail)
+    with pytest.raises(InputError, match=r"503 Service Unavailable.*all of it is in .*out: hf upload"):
+        run("--max_steps 1 --push_to_hub")
