@@ -1,609 +1,694 @@
-"""Every flag of train.py and generate.py: name, type, default, help text and limits. Parsing is strict."""
+"""Every flag of train.py, generate.py, qlora.evaluate and qlora.merge: name, type, default, help, limits.
 
-import argparse
-import dataclasses
+Metadata of TrainConfig's flags, beside what flags.flag() takes:
+
+    resume         "same" (the default): a resumed run must have the value it began with.
+                   "free": it may change; the weights stay the same, up to rounding.
+    compares       what a resume compares because of this flag: contents wherever they lie, or what the flag
+                   comes to (qlora/run/fingerprint.py)
+    sets_shapes    True if shapes in a checkpoint depend on it, so that no --allow_changes can help
+    on_card        False if the model card leaves it out: it names places, or stands elsewhere on the card
+    is_place       True if it says where a run writes, not what it computes
+    kept_as        its name among the settings kept beside the adapter, which generate.py and the other
+                   commands for trained adapters take as defaults
+"""
+
 import math
 import re
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from transformers import HfArgumentParser
-
-from qlora.data.sources import parse_split
+from qlora.data.sources import RowSource, parse_split
 from qlora.errors import InputError
+from qlora.flags import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, SEED, Flags, Limit, flag, flag_names
 
 ComputeType = Literal["float16", "bfloat16", "float32"]
 RowFormat = Literal["auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"]
 
-
-def flag(default, help: str):
-    """A dataclass field with a help text; lists are copied for each instance."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def optional_flag(help: str):
-    """A switch that is None unless it stands on the command line."""
-    return dataclasses.field(default=None, metadata={"help": help, "nargs": "?", "const": True})
-
-
-# Flags that may change when a run is resumed: they leave the weights as they are, up to rounding. Of model
-# and data it is the content that must be as it was, wherever it lies (qlora/run/fingerprint.py).
-FREE_FLAGS = """
-    model adapter trust_remote_code dataset dataset_config split dataset_format dataset_text_field
-    validation_split validation_dataset data_report output_dir overwrite_output_dir
-    per_device_train_batch_size gradient_accumulation_steps
-    gradient_checkpointing offload_activations memory_limit_gb plan_only compile cuda_graphs fused_4bit
-    full_determinism per_device_eval_batch_size eval_steps logging_steps report_to run_name
-    save_steps save_total_limit load_best_model_at_end metric_for_best_model
-    sample_prompts sample_max_new_tokens push_to_hub hub_model_id hub_private_repo
-    max_skipped_steps max_hours resume_from_checkpoint allow_changes
-""".split()
-# Compared in their place: content, what batch sizes and packing come to, the adapter's own LoRA settings.
-COMPARED = """
-    base tokenizer data packs_per_step pack_length most_rows
-    lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora
-""".split()
+# The formatter would give each piece of metadata a line of its own.
+# fmt: off
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Flags):
     # Model
-    model: str = dataclasses.field(
-        metadata={
-            "help": "Base model: a Hugging Face hub id or a local folder. Quantized on load unless "
-            "it is already 4-bit."
-        }
+    model: str = flag(
+        ...,
+        "Base model: a Hugging Face hub id or a local folder. Quantized on load unless it is already 4-bit.",
+        resume="free", compares=("base", "tokenizer"), on_card=False,
     )
     adapter: str | None = flag(
         None,
-        "LoRA adapter folder (or hub id) to train further; its own rank, alpha, dropout and targets are "
-        "kept.",
+        "LoRA adapter (folder or hub id) to train further. It keeps its own rank, alpha, dropout and "
+        "targets.",
+        resume="free", on_card=False,
     )
     dtype: ComputeType = flag(
         "float16",
-        "Compute type of the autocast forward and of the unquantized base weights. float16 runs on every "
-        "CUDA card and is loss-scaled; bfloat16 needs Ampere or newer and no scaling, and is the safer one "
-        "there (QLoRA's authors saw a fifth of their float16 runs fail). LoRA weights are float32 always.",
+        "Compute type: of autocast and of the base weights that are not quantized. float16 runs on every "
+        "CUDA GPU, with loss scaling. bfloat16 needs Ampere or newer and no scaling; it is the safer choice "
+        "there (a fifth of the QLoRA authors' float16 runs failed). LoRA weights are always float32.",
+        kept_as="dtype",
     )
     load_in_4bit: bool = flag(
         True,
         "Quantize the base to 4 bits. Off: plain LoRA on an unquantized base. QLoRA matched 16-bit LoRA in "
         "every comparison of its paper (arXiv 2305.14314, tables 3 and 4).",
+        kept_as="load_in_4bit",
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag(
         "nf4",
-        "4-bit data type. Mean MMLU of LLaMA 7B to 65B: NF4 with double quantization 53.1, FP4 52.2, "
-        "bfloat16 53.0 (arXiv 2305.14314, table 4).",
+        "4-bit data type. Mean MMLU accuracy of LLaMA 7B to 65B: NF4 with double quantization 53.1, FP4 "
+        "52.2, bfloat16 53.0 (arXiv 2305.14314, table 4).",
+        needs="--load_in_4bit", kept_as="bnb_4bit_quant_type",
     )
     bnb_4bit_use_double_quant: bool = flag(
         True,
-        "Quantize the block constants too: 0.127 instead of 0.5 bits a weight (arXiv 2305.14314, section 3).",
+        "Quantize the block constants too: 0.127 instead of 0.5 bits per weight (arXiv 2305.14314, section "
+        "3).",
+        needs="--load_in_4bit", kept_as="bnb_4bit_use_double_quant",
     )
-    trust_remote_code: bool = flag(False, "Let the model repository run its own Python code. Off for safety.")
+    trust_remote_code: bool = flag(
+        False, "Let the model repository run its own Python code. Off for safety.",
+        resume="free",
+    )
 
     # LoRA
     lora_r: int = flag(
         16,
-        "Rank of the adapter. Ranks 8 to 256 made no difference in QLoRA's search when every layer is "
+        "Rank of the adapter. Ranks from 8 to 256 made no difference in QLoRA's search, with every layer "
         "adapted (arXiv 2305.14314, appendix A).",
+        limit=AT_LEAST_1, excludes="--adapter, which keeps its own", resume="free", compares=("lora_r",),
+        sets_shapes=True,
     )
     lora_alpha: int = flag(
         16,
-        "Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with --use_rslora). QLoRA kept 16 and "
-        "searched the learning rate instead.",
+        "Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with --use_rslora). QLoRA kept it at "
+        "16 and searched the learning rate instead.",
+        limit=POSITIVE, excludes="--adapter, which keeps its own", resume="free", compares=("lora_alpha",),
     )
     lora_dropout: float = flag(
         0.05,
-        "Dropout on the adapter's input. 0.05 was useful for 7B and 13B in QLoRA's search (arXiv 2305.14314, "
+        "Dropout on the adapter's input. 0.05 helped 7B and 13B models in QLoRA's search (arXiv 2305.14314, "
         "appendix A).",
+        limit=FRACTION, excludes="--adapter, which keeps its own", resume="free", compares=("lora_dropout",),
     )
     lora_target_modules: list[str] = flag(
         ["q_proj", "v_proj"],
-        "Names of the linear layers to adapt, or 'all-linear'. Query and value was the best choice at a "
-        "fixed budget in LoRA (arXiv 2106.09685, table 5); all layers match full fine-tuning in QLoRA (arXiv "
-        "2305.14314, figure 2).",
+        "Names of the linear layers to adapt, or 'all-linear'. Query and value were the best choice at a "
+        "fixed number of trained weights in LoRA (arXiv 2106.09685, table 5). QLoRA needed all layers to "
+        "match full fine-tuning (arXiv 2305.14314, figure 2).",
+        excludes="--adapter, which keeps its own", resume="free", compares=("lora_target_modules",),
+        sets_shapes=True,
     )
     use_rslora: bool = flag(
-        False, "Rank-stabilized scale alpha / sqrt(r), for high ranks (arXiv 2312.03732)."
+        False, "Rank-stabilized scale alpha / sqrt(r), for high ranks (arXiv 2312.03732).",
+        excludes="--adapter, which keeps its own", resume="free", compares=("use_rslora",),
     )
-    use_dora: bool = flag(False, "Weight-decomposed LoRA; slower (arXiv 2402.09353).")
+    use_dora: bool = flag(
+        False, "Weight-decomposed LoRA; slower (arXiv 2402.09353).",
+        excludes="--adapter, which keeps its own", resume="free", compares=("use_dora",), sets_shapes=True,
+    )
 
     # Data
     dataset: list[str] = flag(
         ["timdettmers/openassistant-guanaco"],
         "Training rows: a hub id, a file (json, jsonl, csv, parquet, txt) or a folder of such files; or "
-        "several of them. The default is the data of the Guanaco models.",
+        "several of these. The default is the dataset of the Guanaco models.",
+        resume="free", compares=("data",), on_card=False,
     )
     dataset_weights: list[float] | None = flag(
         None,
-        "Share of each --dataset in an epoch, such as 0.7 0.3; without it every row comes once an epoch.",
+        "Share of each --dataset in an epoch, such as 0.7 0.3. Without it, an epoch has every row once.",
     )
-    dataset_config: str | None = flag(None, "Configuration name of a hub data set that has several.")
+    dataset_config: str | None = flag(
+        None, "Configuration name, for a hub dataset that has several.",
+        resume="free",
+    )
     split: str = flag(
-        "train", "Split to train on; slices such as train[:1000] or train[:90%%] work for files too."
+        "train", "Split to train on. Slices such as train[:1000] or train[:90%%] work for files too.",
+        resume="free",
     )
     dataset_format: RowFormat = flag(
-        "auto", "Row format. auto recognises it from the columns (and a text column's markers)."
+        "auto", "Row format. auto recognizes it from the columns and, in a text column, from its markers.",
+        resume="free", kept_as="dataset_format",
     )
-    dataset_text_field: str = flag("text", "Name of the column that holds the text of text rows.")
+    dataset_text_field: str = flag(
+        "text", "Column that holds the text, for rows of text.",
+        resume="free", kept_as="dataset_text_field",
+    )
     completion_only_loss: bool = flag(
         True,
-        "Count the loss on answers only, where the format tells them from prompts. Training on the target "
-        "only beat training on source and target in QLoRA (arXiv 2305.14314, table 10).",
+        "Compute the loss on answers only, where the format tells them from prompts. In QLoRA this beat "
+        "training on prompts and answers (arXiv 2305.14314, table 10).",
+        kept_as="completion_only_loss",
     )
     max_length: str = flag(
         "512",
-        "Longest row in tokens: a number, a percentile of the rows' lengths (p90), or max; longer ones are "
-        "cut at their end, and counted. QLoRA trained 7B and 13B Guanaco at 512.",
+        "Longest row in tokens: a number, a percentile of the row lengths (p90), or max. Longer rows are "
+        "truncated at their end, and counted. QLoRA trained 7B and 13B Guanaco at 512.",
+        kept_as="max_length",
     )
     packing: bool = flag(
         True,
-        "Put several rows into a sequence of --max_length tokens, where attention can keep them apart: next "
-        "to nothing is padded. Off: one row a sequence, padded to the longest of its micro-batch.",
+        "Pack several rows into a sequence of --max_length tokens, where attention can keep them apart. "
+        "Almost nothing is padding then. Off: one row per sequence, padded to the longest of its "
+        "micro-batch.",
+        compares=("pack_length", "most_rows"),
     )
     validation_split: str | None = flag(
         None,
-        "Validation rows of --dataset: a share (0.05, 5%%) or a number of rows (200) held out of training, "
-        "or the name of another split; beside --validation_dataset, the name of its split.",
+        "Validation rows from --dataset: a share (0.05, 5%%) or a number of rows (200) held out of training, "
+        "or the name of another split. With --validation_dataset: the name of its split.",
+        resume="free",
     )
-    validation_dataset: str | None = flag(None, "Validation rows from a hub id, file or folder of their own.")
+    validation_dataset: str | None = flag(
+        None, "Validation rows from a hub id, file or folder of their own.",
+        resume="free", on_card=False,
+    )
     group_by_length: bool = flag(
-        False, "Put rows of similar length into the same step, so that less is padded."
+        False, "Put rows of similar length into the same step, so that less is padded. Needs --no_packing.",
     )
-
     streaming: bool = flag(
         False,
-        "Read and tokenize rows while training, in windows of 10,000 that are shuffled by themselves: for "
-        "data that is too large to prepare. Needs --max_steps.",
+        "Read and tokenize rows while training, in windows of 10,000 rows, each shuffled by itself: for data "
+        "that is too large to prepare. Needs --max_steps.",
     )
-    data_report: Literal["text", "json"] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Print the data report and end, with exit code 1 if the data would ruin a training. "
-            "json: as JSON, also written to --output_dir with a histogram. Loads no model.",
-            "nargs": "?",
-            "const": "text",
-        },
+    data_report: Literal["text", "json"] | None = flag(
+        None,
+        "Print the data report and exit, with exit code 1 if the data would ruin a training. json: as JSON, "
+        "also written to --output_dir with a histogram. Loads no model.",
+        bare_value="text", resume="free",
     )
 
     # Training
-    output_dir: str = flag("outputs", "Folder for the adapter, checkpoint-N folders and metrics.jsonl.")
+    output_dir: str = flag(
+        "outputs", "Folder for the adapter, checkpoint-N folders and metrics.jsonl.",
+        resume="free", on_card=False, is_place=True,
+    )
     overwrite_output_dir: bool = flag(
         False,
-        "Replace an earlier run in --output_dir: its checkpoints, adapter and metrics go after this run's "
-        "first step.",
+        "Replace an earlier run in --output_dir. Its checkpoints, adapter and metrics are deleted after the "
+        "first step of this run.",
+        resume="free", on_card=False, is_place=True,
     )
-    num_train_epochs: float = flag(1.0, "Passes over the rows. One epoch is common for 10,000 rows and more.")
-    max_steps: int = flag(-1, "Optimizer steps; wins over --num_train_epochs when above 0.")
+    num_train_epochs: float = flag(
+        1.0, "Passes over the rows. One epoch is common for 10,000 rows and more.",
+        limit=POSITIVE,
+    )
+    max_steps: int = flag(
+        -1, "Optimizer steps. Overrides --num_train_epochs when above 0.",
+        limit=Limit(lambda value: value == -1 or value >= 1, "-1 (off) or at least 1"),
+    )
     per_device_train_batch_size: int = flag(
-        4, "Sequences in one forward pass (a micro-batch): packs of rows, or single rows with --no_packing."
+        4, "Sequences in one forward pass (a micro-batch): packs of rows, or single rows with --no_packing.",
+        limit=AT_LEAST_1, resume="free", compares=("packs_per_step",),
     )
     gradient_accumulation_steps: int = flag(
         4,
-        "Micro-batches in one optimizer step. 4 x 4 gives the 16 rows a step that QLoRA used for 7B and 13B; "
-        "the split does not change the gradient.",
+        "Micro-batches in one optimizer step. How a step is split into micro-batches does not change its "
+        "gradient. QLoRA took 16 rows per step for 7B and 13B: 4 x 4 with --no_packing. A packed sequence "
+        "holds several rows, so 4 x 4 packs are a larger step.",
+        limit=AT_LEAST_1, resume="free", compares=("packs_per_step",),
     )
     learning_rate: float = flag(
         2e-4,
         "Peak learning rate. QLoRA: 2e-4 for 7B and 13B, 1e-4 for 33B and 65B (arXiv 2305.14314, table 9).",
+        limit=POSITIVE,
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = flag(
-        "cosine", "Decay after the warm-up. cosine and linear end at 0; QLoRA itself used constant."
+        "cosine", "Decay after the warmup. cosine and linear end at 0; QLoRA itself used constant.",
     )
     warmup_ratio: float = flag(
         0.03,
-        "Share of the steps in which the rate climbs from 0 to its peak, as in QLoRA; never the last step.",
+        "Share of the steps in which the learning rate climbs from 0 to its peak. 0.03 as in QLoRA. The last "
+        "step is never part of the warmup.",
+        limit=Limit(lambda value: 0 <= value <= 1, "in [0, 1]"),
     )
-    warmup_steps: int = flag(0, "Warm-up in steps; wins over --warmup_ratio when above 0.")
+    warmup_steps: int = flag(0, "Warmup in steps. Overrides --warmup_ratio when above 0.", limit=NON_NEGATIVE)
     optim: Literal["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = flag(
         "paged_adamw_8bit",
-        "Optimizer. 8-bit states match 32-bit ones at a quarter of the memory (arXiv 2110.02861); paged "
-        "states move to host memory when the card is full (arXiv 2305.14314, section 3).",
+        "Optimizer. 8-bit states match 32-bit states at a quarter of the memory (arXiv 2110.02861). Paged "
+        "states move to host memory when the GPU is full (arXiv 2305.14314, section 3).",
+        sets_shapes=True,
     )
-    weight_decay: float = flag(0.0, "Decoupled weight decay on the LoRA weights. QLoRA used none.")
-    adam_beta1: float = flag(0.9, "AdamW's first-moment decay.")
+    weight_decay: float = flag(
+        0.0, "Decoupled weight decay on the LoRA weights. QLoRA used none.",
+        limit=NON_NEGATIVE,
+    )
+    adam_beta1: float = flag(0.9, "AdamW's first-moment decay.", limit=FRACTION)
     adam_beta2: float = flag(
-        0.999, "AdamW's second-moment decay, as in QLoRA (arXiv 2305.14314, appendix B)."
+        0.999, "AdamW's second-moment decay, as in QLoRA (arXiv 2305.14314, appendix B).",
+        limit=FRACTION,
     )
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", limit=POSITIVE)
     max_grad_norm: float = flag(
         0.3,
         "Clip the gradient to this norm; 0 turns clipping off. 0.3 as in QLoRA (arXiv 2305.14314, appendix "
         "B).",
+        limit=NON_NEGATIVE,
     )
     max_skipped_steps: int = flag(
-        10, "End the run after so many steps in a row whose loss or gradient was not finite."
+        10, "Stop after this many steps in a row whose loss or gradient was not finite.",
+        limit=AT_LEAST_1, resume="free",
     )
-    seed: int = flag(42, "Seed of LoRA's start, the row order, the held-out rows and dropout.")
+    seed: int = flag(
+        42, "Seed of the LoRA initialization, the row order, the held-out rows and dropout.",
+        limit=SEED, kept_as="validation_seed",
+    )
     full_determinism: bool = flag(
         False,
-        "Only operations that give the same bits every time: on CUDA two equal runs then end alike, and so "
-        "does one that was resumed. Slower; on the CPU they do anyway.",
+        "Use only operations that give the same bits every time. On CUDA, two equal runs then end "
+        "bit-identical, and so does a resumed one. Slower. On the CPU this holds anyway.",
+        resume="free",
     )
 
     # Speed and memory
     gradient_checkpointing: str = flag(
         "auto",
-        "Layers that keep little but their input and are computed again in the backward pass (arXiv "
-        "1604.06174): all, none, a number of them, or auto: the fewest with which a step fits the card, "
-        "measured at the start.",
+        "Layers that keep little but their input and recompute the rest in the backward pass (arXiv "
+        "1604.06174): all, none, a number of layers, or auto, which takes the fewest with which a step fits "
+        "the GPU, as measured at the start.",
+        resume="free",
     )
     offload_activations: Literal["auto", "on", "off"] = flag(
         "auto",
-        "Hold in host memory what checkpointed layers keep for their backward pass. auto: where a step "
-        "does not fit the card otherwise.",
+        "Hold in host memory what checkpointed layers keep for the backward pass. auto: only where a step "
+        "does not fit the GPU otherwise.",
+        resume="free",
     )
     memory_limit_gb: float | None = flag(
-        None, "Plan for, and never take more than, this much memory (2^30 bytes), as on a smaller card."
+        None, "Plan for this much GPU memory (in 2^30 bytes) and never take more, as on a smaller GPU.",
+        limit=POSITIVE, resume="free",
     )
-    plan_only: bool = flag(False, "Print what a step needs and which layers are checkpointed, and end.")
-    compile: bool | None = optional_flag(
-        "Compile the decoder layers, each by itself. Default: with CUDA. What cannot be compiled runs as it "
-        "is."
+    plan_only: bool = flag(
+        False, "Print what a step needs and which layers are checkpointed, and exit.",
+        resume="free",
     )
-    cuda_graphs: bool | None = optional_flag(
-        "Record the decoder's forward and backward pass once, and replay them with one launch each: small "
-        "steps take longer to launch than to compute. Needs packed rows: batches of one shape. Default: "
-        "where it can be done."
+    compile: bool | None = flag(
+        None,
+        "Compile the decoder layers, each by itself. Default: on with CUDA. What cannot be compiled runs "
+        "uncompiled.",
+        resume="free",
+    )
+    cuda_graphs: bool | None = flag(
+        None,
+        "Record the decoder's forward and backward pass once and replay each with a single launch; small "
+        "steps take longer to launch than to compute. Needs packed rows, whose batches all have one shape. "
+        "Default: on where possible.",
+        resume="free",
     )
     fused_4bit: bool = flag(
         True,
-        "On CUDA, dequantize in one kernel instead of bitsandbytes' three: the same weights to the last bit.",
+        "On CUDA, dequantize in one kernel instead of bitsandbytes' three. The weights are bit-identical.",
+        needs="--load_in_4bit", resume="free",
     )
 
     # Evaluation, logging, saving
-    per_device_eval_batch_size: int = flag(8, "Rows in one forward pass of an evaluation.")
-    eval_steps: int = flag(100, "Evaluate every N steps and at the end, if there are validation rows.")
-    logging_steps: int = flag(10, "Log every N steps to the progress bar, metrics.jsonl and the tracker.")
-    report_to: Literal["none", "wandb"] = flag(
-        "none", "Tracker. One that cannot be reached never stops a run."
+    per_device_eval_batch_size: int = flag(
+        8, "Rows in one forward pass of an evaluation.",
+        limit=AT_LEAST_1, needs="--validation_split or --validation_dataset", resume="free",
     )
-    run_name: str | None = flag(None, "Name of the run in the tracker. Default: the output folder's name.")
-    save_steps: int = flag(100, "Save a checkpoint every N steps; one holds all that an exact resume needs.")
-    save_total_limit: int = flag(2, "Keep the newest N checkpoints, and the best; 0 keeps all.")
+    eval_steps: int = flag(
+        100, "Evaluate every N steps and at the end, if there are validation rows.",
+        limit=AT_LEAST_1, needs="--validation_split or --validation_dataset", resume="free",
+    )
+    logging_steps: int = flag(
+        10, "Log every N steps to the progress bar, metrics.jsonl and the tracker.",
+        limit=AT_LEAST_1, resume="free", on_card=False,
+    )
+    report_to: Literal["none", "wandb"] = flag(
+        "none", "Experiment tracker. One that cannot be reached never stops a run.",
+        resume="free", on_card=False, is_place=True,
+    )
+    run_name: str | None = flag(
+        None, "Name of the run in the tracker. Default: the name of the output folder.",
+        needs="--report_to wandb", resume="free", on_card=False, is_place=True,
+    )
+    save_steps: int = flag(
+        100, "Save a checkpoint every N steps. It holds everything that an exact resume needs.",
+        limit=AT_LEAST_1, resume="free", on_card=False,
+    )
+    save_total_limit: int = flag(
+        2, "Keep the newest N checkpoints, and the best one; 0 keeps all.",
+        limit=NON_NEGATIVE, resume="free", on_card=False,
+    )
     load_best_model_at_end: bool = flag(
         False,
-        "Save a checkpoint whenever an evaluation is the best so far, and end with the adapter of the best "
-        "one.",
+        "Save a checkpoint whenever the validation loss is the lowest so far, and end with the adapter of "
+        "the best one.",
+        needs="--validation_split or --validation_dataset", resume="free",
     )
-    metric_for_best_model: Literal["eval_loss"] = flag("eval_loss", "What is best: the lowest of this.")
     sample_prompts: str | None = flag(
         None,
-        "At every evaluation, answer the rows of this file (as generate.py's --prompts_file) without and "
-        "with the adapter; the answers go to metrics.jsonl and the tracker.",
+        "At every evaluation, answer the rows of this file (as in generate.py's --prompts_file) with and "
+        "without the adapter. The answers go to metrics.jsonl and the tracker.",
+        needs="--validation_split or --validation_dataset", resume="free", on_card=False,
     )
-    sample_max_new_tokens: int = flag(64, "Longest answer to --sample_prompts in tokens.")
+    sample_max_new_tokens: int = flag(
+        64, "Longest answer to --sample_prompts, in tokens.",
+        limit=AT_LEAST_1, needs="--sample_prompts", resume="free", on_card=False,
+    )
     push_to_hub: bool = flag(
-        False, "Upload the adapter with its model card to the Hugging Face hub at the end of the run."
+        False, "Upload the adapter with its model card to the Hugging Face hub at the end of the run.",
+        resume="free", on_card=False,
     )
     hub_model_id: str | None = flag(
-        None, "Repository for --push_to_hub: name or you/name. Default: the output folder's name."
+        None, "Repository for --push_to_hub: name or owner/name. Default: the name of the output folder.",
+        needs="--push_to_hub", resume="free", on_card=False,
     )
-    hub_private_repo: bool = flag(False, "Create that repository as a private one.")
+    hub_private_repo: bool = flag(
+        False, "Create that repository as a private one.",
+        needs="--push_to_hub", resume="free", on_card=False,
+    )
     max_hours: float | None = flag(
         None,
-        "After so many hours, save a checkpoint at the next step boundary and end with exit code 124. Give "
-        "less than your scheduler does.",
+        "After this many hours, save a checkpoint at the next step boundary and stop with exit code 124. Set "
+        "it below your scheduler's limit. Every run takes at least one step.",
+        limit=POSITIVE, resume="free", on_card=False,
     )
     resume_from_checkpoint: str | None = flag(
         None,
-        "'latest' in --output_dir (a fresh start if there is none), or the path of a checkpoint-N folder; "
-        "checkpoints after that one are replaced.",
+        "'latest' in --output_dir (a fresh start if there is none), or the path of a checkpoint-N folder. "
+        "Checkpoints after that one are replaced.",
+        resume="free", on_card=False, is_place=True,
     )
     allow_changes: list[str] = flag(
         [],
-        "What a resumed run may have other than it began with, by the names that a refusal gives (base also "
-        "for --adapter).",
+        "Settings that may change on resume, by the names that a refusal lists. With --adapter: base, to "
+        "train it on another base.",
+        needs="--resume_from_checkpoint or --adapter", resume="free", on_card=False, is_place=True,
     )
 
     def __post_init__(self):
-        _require_text(self)
-        guarded = [*self.guarded_flags(), *COMPARED]
+        super().__post_init__()
+        compared = {name for field in fields(self) for name in field.metadata.get("compares", ())}
+        names = [*self.values_to_compare(), *sorted(compared)]
         for name in self.allow_changes:
-            if name not in guarded:
-                raise ValueError(f"--allow_changes {name}: the names are {', '.join(guarded)}")
-        _require(
-            self,
-            "lora_r per_device_train_batch_size gradient_accumulation_steps "
-            "per_device_eval_batch_size eval_steps logging_steps save_steps max_skipped_steps "
-            "sample_max_new_tokens",
-            lambda value: value >= 1,
-            "at least 1",
-        )
-        _require(
-            self, "lora_alpha num_train_epochs learning_rate adam_epsilon", lambda value: value > 0, "above 0"
-        )
-        _require(self, "lora_dropout adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "in [0, 1)")
-        _require(self, "warmup_ratio", lambda value: 0 <= value <= 1, "in [0, 1]")
-        _require(
-            self,
-            "warmup_steps weight_decay max_grad_norm save_total_limit",
-            lambda value: value >= 0,
-            "0 or more",
-        )
-        _require(self, "seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
-        _require(self, "max_steps", lambda value: value == -1 or value >= 1, "-1 (off) or at least 1")
-        _require_max_length(self.max_length)
-        if self.gradient_checkpointing not in ("auto", "all", "none") and not re.fullmatch(
-            "[0-9]+", self.gradient_checkpointing
-        ):
+            if name not in names:
+                raise ValueError(f"--allow_changes {name}: the names are {', '.join(names)}")
+        _check_max_length(self.max_length)
+        if not re.fullmatch("auto|all|none|[0-9]+", self.gradient_checkpointing):
             raise ValueError(
                 "--gradient_checkpointing must be auto, all, none or a number of layers, not "
                 f"{self.gradient_checkpointing}"
             )
-        if self.memory_limit_gb is not None:
-            _require(self, "memory_limit_gb", lambda value: value > 0, "above 0")
-        if self.max_hours is not None:
-            _require(self, "max_hours", lambda value: value > 0, "above 0")
-        _require_split("split", self.split)
-        if self.validation_split and self.held_out is None:
-            _require_split("validation_split", self.validation_split)
-        amount, is_percent = self.held_out, str(self.validation_split).endswith("%")
-        is_number = amount is not None and amount >= 1 and amount % 1 == 0 and not is_percent
-        if amount is not None and not (0 < amount < 1 or is_number):
+        _check_split("split", self.split)
+        self._check_validation()
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise ValueError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
+        self._check_weights()
+        if self.streaming:
+            self._check_streaming()
+        for name in self.lora_target_modules:
+            if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
+                raise ValueError(f"--lora_target_modules takes names of layers, which {name!r} is not")
+        if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
+            raise ValueError("--lora_target_modules takes 'all-linear' or names of layers, not both")
+
+    def _check_validation(self) -> None:
+        amount = self.held_out
+        if self.validation_split and amount is None:
+            _check_split("validation_split", self.validation_split)
+        is_percent = str(self.validation_split).endswith("%")
+        is_row_count = amount is not None and amount >= 1 and amount % 1 == 0 and not is_percent
+        if amount is not None and not (0 < amount < 1 or is_row_count):
             raise ValueError(
-                "--validation_split must be a share in (0, 1), a whole number of rows or a split's name, "
+                "--validation_split must be a share in (0, 1), a whole number of rows or a split name, "
                 f"not {self.validation_split}"
             )
         if amount is not None and self.validation_dataset:
             raise ValueError(
-                f"--validation_split {self.validation_split} holds rows out of --dataset; beside "
+                f"--validation_split {self.validation_split} holds rows out of --dataset; with "
                 "--validation_dataset it takes the name of a split"
             )
-        if self.resume_from_checkpoint and self.overwrite_output_dir:
-            raise ValueError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
-        if self.dataset_weights is not None:
-            given, wanted = len(self.dataset_weights), len(self.dataset)
-            if given != wanted:
-                raise ValueError(f"--dataset_weights has {given} numbers for {wanted} data sets")
-            for weight in self.dataset_weights:
-                if not 0 < weight < math.inf:
-                    raise ValueError(f"--dataset_weights must be above 0, not {weight}")
-            if self.group_by_length:
-                raise ValueError("--dataset_weights and --group_by_length exclude each other")
-        if self.streaming:
-            if self.max_steps == -1:
-                raise ValueError("--streaming needs --max_steps: the length of a stream is not known")
-            if not self.max_length.isdigit():
-                raise ValueError(f"--streaming needs a number as --max_length, not {self.max_length}")
-            if len(self.dataset) > 1 or self.held_out is not None:
-                raise ValueError(
-                    "--streaming takes one --dataset, and validation rows that are not held out of it"
-                )
-            if self.data_report:
-                raise ValueError("--data_report reads all rows, --streaming does not")
-        for name in self.lora_target_modules:
-            if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
-                raise ValueError(f"--lora_target_modules takes names of layers, and {name!r} is none")
-        if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
-            raise ValueError("--lora_target_modules takes 'all-linear' or names of layers, not both")
 
-    def guarded_flags(self) -> dict:
-        """The flags that a resumed run must have as it began, with their values; COMPARED comes to that."""
-        fields = (field.name for field in dataclasses.fields(self))
-        return {name: getattr(self, name) for name in fields if name not in (*FREE_FLAGS, *COMPARED)}
+    def _check_weights(self) -> None:
+        if self.dataset_weights is None:
+            return
+        if len(self.dataset_weights) != len(self.dataset):
+            raise ValueError(
+                f"--dataset_weights has {len(self.dataset_weights)} numbers for {len(self.dataset)} datasets"
+            )
+        for weight in self.dataset_weights:
+            if not 0 < weight < math.inf:
+                raise ValueError(f"--dataset_weights must be above 0, not {weight}")
+        if self.group_by_length:
+            raise ValueError("--dataset_weights and --group_by_length exclude each other")
 
-    @property
-    def held_out(self) -> float | None:
-        """--validation_split as an amount (below 1 a share, else rows), or None if it names a split."""
-        return _amount(self.validation_split or "")
+    def _check_streaming(self) -> None:
+        if self.max_steps == -1:
+            raise ValueError("--streaming needs --max_steps: the length of a stream is unknown")
+        if not self.max_length.isdigit():
+            raise ValueError(f"--streaming needs a number for --max_length, not {self.max_length}")
+        if len(self.dataset) > 1 or self.held_out is not None:
+            raise ValueError("--streaming takes one --dataset, and no validation rows held out of it")
+        if self.data_report:
+            raise ValueError("--data_report reads all rows, --streaming does not")
 
     def check_given(self, given: set[str]) -> None:
-        """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
-        if self.adapter:
-            _refuse(
-                given,
-                "lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora",
-                "is fixed by the adapter given with --adapter",
-            )
-        if not self.load_in_4bit:
-            names = "bnb_4bit_quant_type bnb_4bit_use_double_quant fused_4bit"
-            _refuse(given, names, "means nothing with --no_load_in_4bit")
-        is_none = self.gradient_checkpointing == "none" or not self.gradient_checkpointing.strip("0")
-        if is_none and self.offload_activations == "on":
-            raise ValueError("--offload_activations on needs checkpointed layers: it is for what they keep")
-        if not (self.validation_split or self.validation_dataset):
-            _refuse(
-                given,
-                "eval_steps per_device_eval_batch_size load_best_model_at_end metric_for_best_model "
-                "sample_prompts",
-                "needs --validation_split or --validation_dataset",
-            )
+        super().check_given(given)
+        checkpoints_nothing = self.gradient_checkpointing == "none" or not self.gradient_checkpointing.strip(
+            "0"
+        )
+        if checkpoints_nothing and self.offload_activations == "on":
+            raise ValueError("--offload_activations on needs checkpointed layers: it moves what they keep")
         if self.cuda_graphs and not self.packing:
             raise ValueError("--cuda_graphs needs packed rows: padded batches have many shapes")
         if self.packing and self.group_by_length:
             raise ValueError("--group_by_length needs --no_packing: packed rows need no padding")
-        if not self.sample_prompts:
-            _refuse(given, "sample_max_new_tokens", "needs --sample_prompts")
-        if not self.push_to_hub:
-            _refuse(given, "hub_model_id hub_private_repo", "needs --push_to_hub")
-        if self.report_to == "none":
-            _refuse(given, "run_name", "needs --report_to wandb")
-        if self.allow_changes and not (self.resume_from_checkpoint or self.adapter):
-            raise ValueError("--allow_changes needs --resume_from_checkpoint or --adapter")
+
+    def check_device(self, device_type: str) -> None:
+        """Raise InputError if a flag needs a CUDA GPU and there is none."""
+        if device_type == "cuda":
+            return
+        needs_cuda = {
+            "plan_only": self.plan_only,
+            "memory_limit_gb": self.memory_limit_gb is not None,
+            "offload_activations on": self.offload_activations == "on",
+            "cuda_graphs": self.cuda_graphs,
+        }
+        for name in (name for name, is_given in needs_cuda.items() if is_given):
+            raise InputError(f"--{name} needs a CUDA GPU, and there is none here")
+
+    @property
+    def held_out(self) -> float | None:
+        """--validation_split as an amount (below 1 a share, else rows); None if it names a split."""
+        return _amount(self.validation_split or "")
+
+    def train_sources(self) -> list[RowSource]:
+        """The sources that --dataset names."""
+        return [
+            RowSource(dataset, self.split, self.dataset_config, self.streaming) for dataset in self.dataset
+        ]
+
+    def validation_sources(self) -> list[RowSource]:
+        """The sources of validation rows; none if there are none or if they are held out of --dataset."""
+        if self.validation_dataset:
+            return [RowSource(self.validation_dataset, self.validation_split or "train")]
+        if self.validation_split and self.held_out is None:
+            return [
+                RowSource(dataset, self.validation_split, self.dataset_config) for dataset in self.dataset
+            ]
+        return []
+
+    def values_to_compare(self) -> dict:
+        """The flags that a resumed run must have as it began, with their values."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.metadata.get("resume", "same") == "same"
+        }
+
+    def kept_settings(self) -> dict:
+        """The settings that later commands must share with this training, or answers get worse."""
+        return {
+            field.metadata["kept_as"]: getattr(self, field.name)
+            for field in fields(self)
+            if "kept_as" in field.metadata
+        }
+
+
+KEPT_SETTINGS = [field.metadata["kept_as"] for field in fields(TrainConfig) if "kept_as" in field.metadata]
+PLACE_FLAGS = flag_names(TrainConfig, "is_place")
+CARD_FLAGS = [field.name for field in fields(TrainConfig) if field.metadata.get("on_card", True)]
+SHAPE_FLAGS = flag_names(TrainConfig, "sets_shapes")
 
 
 @dataclass
-class AdaptedModel:
-    """The flags of commands that put a trained adapter on its base."""
+class AdapterFlags(Flags):
+    """Flags of the commands that put a trained adapter on its base."""
 
-    model: str = dataclasses.field(
-        metadata={
-            "help": "Base model: a Hugging Face hub id or a local folder, the one the adapter was trained on."
-        }
+    model: str = flag(
+        ..., "Base model: a Hugging Face hub id or a local folder, the one the adapter was trained on.",
     )
-    adapter: str | None = flag(None, "LoRA adapter folder (or hub id). Without it: the base alone.")
+    adapter: str | None = flag(None, "LoRA adapter (folder or hub id). Without it: the base alone.")
     dtype: ComputeType = flag(
-        "float16", "Compute type. This and the next three: as in the training, where the adapter says it."
+        "float16", "Compute type. For this and the next three, the adapter's training sets the default.",
     )
     load_in_4bit: bool = flag(True, "Quantize the base to 4 bits.")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.")
-    bnb_4bit_use_double_quant: bool = flag(True, "Quantize the block constants too.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.", needs="--load_in_4bit")
+    bnb_4bit_use_double_quant: bool = flag(True, "Quantize the block constants too.", needs="--load_in_4bit")
     trust_remote_code: bool = flag(False, "Let the model repository run its own Python code. Off for safety.")
     allow_other_base: bool = flag(
-        False, "Go on although the adapter was trained on another base than --model, as far as one can tell."
+        False, "Run even if the adapter seems to have been trained on another base than --model.",
     )
-
-    def check_given(self, given: set[str]) -> None:
-        """Refuse flags that would be ignored; `given` names the flags that stand on the command line."""
-        if not self.load_in_4bit:
-            names = "bnb_4bit_quant_type bnb_4bit_use_double_quant"
-            _refuse(given, names, "means nothing with --no_load_in_4bit")
 
 
 @dataclass
-class GenerateConfig(AdaptedModel):
+class GenerateConfig(AdapterFlags):
     # Prompts
     prompt: str | None = flag(
-        None, "Answer this prompt. Without --prompt and --prompts_file: an interactive chat."
+        None, "Answer this prompt. Without --prompt and --prompts_file: an interactive chat.",
+        may_be_empty=True,
     )
     prompts_file: str | None = flag(
         None,
-        "Answer every row of this file (txt: a prompt a line; json, jsonl, csv, parquet: a 'prompt' column "
-        "or the columns of the training format).",
+        "Answer every row of this file (txt: one prompt per line; json, jsonl, csv, parquet: a 'prompt' "
+        "column or the columns of the training format).",
     )
     output_file: str | None = flag(
         None,
-        "Where the answers to --prompts_file go (replaced if it is there). Default: beside it, as "
+        "Where the answers to --prompts_file go; an existing file is replaced. Default: next to it, as "
         "NAME.answers.jsonl.",
+        needs="--prompts_file",
     )
-    batch_size: int = flag(8, "Prompts answered at once with --prompts_file (left-padded).")
+    batch_size: int = flag(
+        8, "Prompts of --prompts_file answered at once (left-padded).",
+        limit=AT_LEAST_1, needs="--prompts_file",
+    )
     dataset_format: RowFormat = flag(
-        "auto", "How a prompt is wrapped. auto: as in the training, or as plain text if that is unknown."
+        "auto", "How a prompt is formatted. auto: as in the training, or as plain text if that is unknown.",
     )
     dataset_text_field: str = flag(
-        "text", "Column of the text in the rows of --prompts_file; as in the training, where that is known."
+        "text", "Column of the text in the rows of --prompts_file. Default: as in the training, if known.",
     )
 
-    # Sampling, under Hugging Face's names
-    max_new_tokens: int = flag(256, "Longest answer in tokens; it ends earlier at the end-of-sequence token.")
+    # Sampling, with Hugging Face's names
+    max_new_tokens: int = flag(
+        256, "Longest answer in tokens. It ends earlier at the end-of-sequence token.",
+        limit=AT_LEAST_1,
+    )
     do_sample: bool = flag(
         False,
-        "Sample instead of taking the likeliest token each time. Only these flags count, not the sampling "
+        "Sample instead of taking the most likely token each time. Only these flags count, not the sampling "
         "settings that come with the model.",
     )
     temperature: float = flag(
         1.0,
         "Below 1 sharpens, above 1 flattens the distribution. Needs --do_sample. QLoRA evaluated Guanaco at "
         "0.7.",
+        limit=POSITIVE, needs="--do_sample",
     )
     top_p: float = flag(
         1.0,
-        "Sample from the smallest set of tokens that holds this probability. Needs --do_sample. QLoRA "
+        "Sample from the smallest set of tokens with this total probability. Needs --do_sample. QLoRA "
         "evaluated Guanaco at 0.9.",
+        limit=Limit(lambda value: 0 < value <= 1, "in (0, 1]"), needs="--do_sample",
     )
-    top_k: int = flag(50, "Sample from the k likeliest tokens; 0 for all. Needs --do_sample.")
+    top_k: int = flag(
+        50, "Sample from the k most likely tokens; 0 for all. Needs --do_sample.",
+        limit=NON_NEGATIVE, needs="--do_sample",
+    )
     repetition_penalty: float = flag(
-        1.0, "Above 1 discourages tokens that stand in the text (arXiv 1909.05858)."
+        1.0, "Above 1 discourages tokens that the text already has (arXiv 1909.05858).",
+        limit=POSITIVE,
     )
-    seed: int = flag(42, "Seed of the sampling.")
+    seed: int = flag(42, "Seed of the sampling.", limit=SEED, needs="--do_sample")
 
     def __post_init__(self):
-        _require_text(self)
-        _require(self, "batch_size max_new_tokens", lambda value: value >= 1, "at least 1")
-        _require(self, "temperature repetition_penalty", lambda value: value > 0, "above 0")
-        _require(self, "top_p", lambda value: 0 < value <= 1, "in (0, 1]")
-        _require(self, "top_k", lambda value: value >= 0, "0 or more")
-        _require(self, "seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
+        super().__post_init__()
         if self.prompt is not None and self.prompts_file:
             raise ValueError("--prompt and --prompts_file exclude each other")
-        if self.output_file and not self.prompts_file:
-            raise ValueError("--output_file needs --prompts_file")
-
-    def check_given(self, given: set[str]) -> None:
-        super().check_given(given)
-        if not self.do_sample:
-            _refuse(given, "temperature top_p top_k seed", "needs --do_sample")
-        if not self.prompts_file:
-            _refuse(given, "batch_size", "needs --prompts_file")
 
 
 @dataclass
-class EvaluateConfig(AdaptedModel):
-    model: str | None = flag(None, "Base model: the one the adapter was trained on, or any.")
+class EvaluateConfig(AdapterFlags):
+    model: str | None = flag(None, "Base model: the one the adapter was trained on, or any other.")
 
     # Loss
     dataset: str | None = flag(
-        None, "Rows to take the loss over: a hub id, a file (json, jsonl, csv, parquet, txt) or a folder."
+        None, "Rows to compute the loss on: a hub id, a file (json, jsonl, csv, parquet, txt) or a folder.",
     )
-    dataset_config: str | None = flag(None, "Configuration name of a hub data set that has several.")
-    split: str = flag("train", "Split of --dataset.")
+    dataset_config: str | None = flag(
+        None, "Configuration name, for a hub dataset that has several.",
+        needs="--dataset",
+    )
+    split: str = flag("train", "Split of --dataset.", needs="--dataset")
     validation_split: str | None = flag(
         None,
-        "Of --dataset only the rows that train.py held out of it by the same --validation_split: a share "
+        "Of --dataset, only the rows that train.py held out of it with the same --validation_split: a share "
         "(0.05, 5%%) or a number of rows.",
+        needs="--dataset",
     )
-    validation_seed: int = flag(42, "The training's --seed; as in the training, where the adapter says it.")
+    validation_seed: int = flag(
+        42, "The training's --seed. Default: as in the training, if known.",
+        limit=SEED, needs="--validation_split",
+    )
     dataset_format: RowFormat = flag(
-        "auto", "Row format. This and the next three: as in the training, where the adapter says it."
+        "auto", "Row format. For this and the next three, the adapter's training sets the default.",
     )
-    dataset_text_field: str = flag("text", "Name of the column that holds the text of text rows.")
-    completion_only_loss: bool = flag(True, "Count the loss on answers only.")
+    dataset_text_field: str = flag("text", "Column that holds the text, for rows of text.")
+    completion_only_loss: bool = flag(True, "Compute the loss on answers only.")
     max_length: str = flag("max", "Longest row in tokens: a number, a percentile (p90), or max.")
-    per_device_eval_batch_size: int = flag(8, "Rows in one forward pass.")
+    per_device_eval_batch_size: int = flag(8, "Rows in one forward pass.", limit=AT_LEAST_1)
     general_dataset: str | None = flag(
         None,
-        "Forgetting: a general text that has nothing to do with the training, as hub id, file or folder with "
-        "a text column. What the loss on it rises by, the adapter has forgotten.",
+        "Forgetting: a general text, unrelated to the training, as a hub id, file or folder with a text "
+        "column. A rise of the loss on it is what the adapter has forgotten.",
     )
-    general_dataset_config: str | None = flag(None, "Configuration name of a hub data set that has several.")
-    general_split: str = flag("train", "Split of --general_dataset.")
-    general_text_field: str = flag("text", "Name of its column.")
+    general_dataset_config: str | None = flag(
+        None, "Configuration name, for a hub dataset that has several.",
+        needs="--general_dataset",
+    )
+    general_split: str = flag("train", "Split of --general_dataset.", needs="--general_dataset")
+    general_text_field: str = flag("text", "Its text column.", needs="--general_dataset")
 
     # Answers
     prompts_file: str | None = flag(
         None,
-        "Answer every row of this file (or hub id), which has the reference answers too, and score the "
+        "Answer every row of this file (or hub id), which also holds reference answers, and score the "
         "answers.",
     )
     prompts_split: str = flag(
-        "train", "Split of --prompts_file; slices such as train[:100] work for files too."
+        "train", "Split of --prompts_file. Slices such as train[:100] work for files too.",
+        needs="--prompts_file",
     )
     code: bool = flag(
         False,
-        "The answers are Python: also CodeBLEU (arXiv 2009.10297) with its four parts, and the share that "
-        "parses.",
+        "The answers are Python: also compute CodeBLEU (arXiv 2009.10297) with its four parts, and the share "
+        "that parses.",
+        needs="--prompts_file",
     )
     samples: int = flag(
-        0, "Print the answers of base and tuned model to the first N rows of --prompts_file side by side."
+        0, "Print base and tuned answers to the first N rows of --prompts_file side by side.",
+        limit=NON_NEGATIVE, needs="--prompts_file",
     )
-    max_new_tokens: int = flag(256, "Longest answer in tokens.")
-    batch_size: int = flag(8, "Prompts answered at once.")
+    max_new_tokens: int = flag(256, "Longest answer in tokens.", limit=AT_LEAST_1, needs="--prompts_file")
+    batch_size: int = flag(8, "Prompts answered at once.", limit=AT_LEAST_1, needs="--prompts_file")
 
     quantization: str | None = flag(
         None,
-        "Instead of all this: what quantizing this model (hub id or folder) to 4 bits does to each layer.",
+        "Instead of all this: the error that 4-bit quantization makes in each layer of this model (hub id or "
+        "folder).",
     )
     output_file: str | None = flag(
         None,
-        "Where everything goes as JSON, in place of what was there. Default: evaluation.json in the "
+        "Where the results go as JSON; an existing file is replaced. Default: evaluation.json in the "
         "adapter's folder or here, or quantization.json here.",
     )
 
     def __post_init__(self):
-        _require_text(self)
-        _require(
-            self,
-            "per_device_eval_batch_size batch_size max_new_tokens",
-            lambda value: value >= 1,
-            "at least 1",
-        )
-        _require(self, "samples", lambda value: value >= 0, "0 or more")
-        _require(self, "validation_seed", lambda value: 0 <= value < 2**32, "in [0, 2^32)")
-        _require_max_length(self.max_length)
-        _require_split("split", self.split)
-        _require_split("general_split", self.general_split)
-        _require_split("prompts_split", self.prompts_split)
-        amount = self.held_out
-        if self.validation_split and (amount is None or amount <= 0):
+        super().__post_init__()
+        _check_max_length(self.max_length)
+        for name in ("split", "general_split", "prompts_split"):
+            _check_split(name, getattr(self, name))
+        if self.validation_split and not (self.held_out or 0) > 0:
             raise ValueError(
                 f"--validation_split must be a share or a number of rows, not {self.validation_split}"
             )
-        work = self.dataset or self.general_dataset or self.prompts_file
-        if not self.quantization and not (self.model and work):
+        has_work = self.dataset or self.general_dataset or self.prompts_file
+        if not self.quantization and not (self.model and has_work):
             raise ValueError(
                 "nothing to do: give --model with --dataset, --general_dataset or --prompts_file, or give "
                 "--quantization"
@@ -611,19 +696,9 @@ class EvaluateConfig(AdaptedModel):
 
     def check_given(self, given: set[str]) -> None:
         if self.quantization:
-            others = given - {"quantization", "trust_remote_code", "output_file"}
-            _refuse(given, " ".join(sorted(others)), "means nothing with --quantization")
+            for name in sorted(given - {"quantization", "trust_remote_code", "output_file"}):
+                raise ValueError(f"--{name} cannot be used with --quantization")
         super().check_given(given)
-        if not self.dataset:
-            _refuse(given, "dataset_config split validation_split", "needs --dataset")
-        if not self.validation_split:
-            _refuse(given, "validation_seed", "needs --validation_split")
-        if not self.general_dataset:
-            _refuse(
-                given, "general_dataset_config general_split general_text_field", "needs --general_dataset"
-            )
-        if not self.prompts_file:
-            _refuse(given, "prompts_split code samples max_new_tokens batch_size", "needs --prompts_file")
 
     @property
     def held_out(self) -> float | None:
@@ -632,88 +707,46 @@ class EvaluateConfig(AdaptedModel):
 
 
 @dataclass
-class MergeConfig(AdaptedModel):
-    adapter: str | None = flag(None, "LoRA adapter folder (or hub id); it must be given.")
+class MergeConfig(AdapterFlags):
+    adapter: str | None = flag(None, "LoRA adapter (folder or hub id). Required.")
 
-    output_dir: str = flag("merged", "Folder for the merged model; new, or empty.")
+    output_dir: str = flag("merged", "Folder for the merged model; it must be new or empty.")
     base: Literal["dequantized", "original"] = flag(
         "dequantized",
-        "What the adapter is added to: the 4-bit weights as 16-bit ones, on which it was trained, or the "
-        "weights as they were before they were quantized, which answer a little differently.",
+        "What the adapter is added to: the 4-bit weights dequantized to 16 bits, on which it was trained, or "
+        "the weights from before quantization, which answer slightly differently.",
     )
     max_kl: float = flag(
         0.01,
-        "Refuse a merged model that differs by more than this from the adapter on its base: KL divergence in "
-        "nats a token, mean over the rows compared.",
+        "Refuse a merged model that differs by more than this from the adapter on its base: mean KL "
+        "divergence, in nats per token, over the rows compared.",
+        limit=NON_NEGATIVE,
     )
     dataset: str | None = flag(
         None,
-        "Rows to compare on: a hub id, file or folder; the first 2,048 tokens count. Default: a short text "
-        "that comes along.",
+        "Rows to compare on: a hub id, file or folder; the first 2,048 tokens are used. Default: a short "
+        "text of our own.",
     )
-    split: str = flag("train", "Split of --dataset.")
+    split: str = flag("train", "Split of --dataset.", needs="--dataset")
     dataset_format: RowFormat = flag(
-        "auto", "Row format of --dataset; as in the training, where the adapter says it."
+        "auto", "Row format of --dataset. Default: as in the training, if known.",
     )
-    dataset_text_field: str = flag("text", "Name of the column that holds the text of text rows.")
+    dataset_text_field: str = flag("text", "Column that holds the text, for rows of text.")
     push_to_hub: bool = flag(False, "Upload the merged model with its model card to the Hugging Face hub.")
     hub_model_id: str | None = flag(
-        None, "Repository for --push_to_hub: name or you/name. Default: the output folder's name."
+        None, "Repository for --push_to_hub: name or owner/name. Default: the name of the output folder.",
+        needs="--push_to_hub",
     )
-    hub_private_repo: bool = flag(False, "Create that repository as a private one.")
+    hub_private_repo: bool = flag(False, "Create that repository as a private one.", needs="--push_to_hub")
 
     def __post_init__(self):
-        _require_text(self)
-        _require(self, "max_kl", lambda value: value >= 0, "0 or more")
-        _require_split("split", self.split)
+        super().__post_init__()
+        _check_split("split", self.split)
         if not self.adapter:
             raise ValueError("--adapter is missing: what is to be merged into --model?")
 
-    def check_given(self, given: set[str]) -> None:
-        super().check_given(given)
-        if not self.dataset:
-            _refuse(given, "split", "needs --dataset")
-        if not self.push_to_hub:
-            _refuse(given, "hub_model_id hub_private_repo", "needs --push_to_hub")
 
-
-def parse_args(
-    config_class, argv: list[str] | None = None, defaults: dict | None = None, program: str | None = None
-):
-    """Parse `argv` (default: the command line) into `config_class`; any mistake is one line and exit code 2.
-
-    `defaults` stand in for flags that are not given, and are checked like them.
-    HfArgumentParser.parse_args_into_dataclasses is avoided: it reads a stray `train.args` file and shows
-    tracebacks.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = _OneLineParser(config_class, prog=program, allow_abbrev=False, formatter_class=_Help)
-    for field in dataclasses.fields(config_class):
-        if field.type == bool | None:  # HfArgumentParser gives only those that are on an opposite
-            off = f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"
-            parser.add_argument(*off, dest=field.name, action="store_false", help="")
-    default_flags = [f"--{name}={value}" for name, value in (defaults or {}).items()]
-    values = vars(parser.parse_args([*default_flags, *argv]))
-    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
-    given = {word.removeprefix("no_") for word in words}
-    try:
-        config = config_class(**values)
-        config.check_given(given)
-    except ValueError as error:
-        parser.error(str(error))
-    return config
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        if action.required or action.default is None:  # "default: None" says nothing
-            return action.help
-        return super()._get_help_string(action)
-
-
-class _OneLineParser(HfArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+# fmt: on
 
 
 def _amount(text: str) -> float | None:
@@ -723,37 +756,17 @@ def _amount(text: str) -> float | None:
         return None
 
 
-def _require(config, names: str, holds, limit: str) -> None:
-    for name in names.split():
-        value = getattr(config, name)
-        if value != value or value in (math.inf, -math.inf) or not holds(value):
-            raise ValueError(f"--{name} must be {limit}, not {value}")
-
-
-def _require_max_length(value: str) -> None:
+def _check_max_length(value: str) -> None:
     percent = re.fullmatch(r"p(\d+(?:\.\d+)?)", value)
     is_number = re.fullmatch(r"[0-9]+", value) and int(value) >= 1
     if not (is_number or value == "max" or (percent and 0 < float(percent[1]) <= 100)):
-        raise ValueError(f"--max_length must be a number from 1 on, pNN (a percentile) or max, not {value}")
+        raise ValueError(
+            f"--max_length must be a number of at least 1, pNN (a percentile) or max, not {value}"
+        )
 
 
-def _require_split(name: str, split: str) -> None:
+def _check_split(name: str, split: str) -> None:
     try:
         parse_split(split)
     except InputError as error:
         raise ValueError(f"--{name}: {error}") from error
-
-
-def _require_text(config) -> None:
-    """Refuse empty values, as an unset shell variable leaves them; an empty prompt is refused as a prompt."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and not text.strip() and field.name != "prompt":
-                raise ValueError(f"--{field.name} is empty")
-
-
-def _refuse(given: set[str], names: str, why: str) -> None:
-    for name in names.split():
-        if name in given:
-            raise ValueError(f"--{name} {why}")
