@@ -1,23 +1,27 @@
-"""Rows to batches: packed or padded."""
+"""Packs of rows to tensors: packed or padded micro-batches, on the CPU."""
 
 from dataclasses import dataclass
 
 import torch
 
 from qlora.data.formats import IGNORE_INDEX
-from qlora.data.tokenize import TokenizedRows
+from qlora.data.tokenized import TokenizedRows
 
 PAD_MULTIPLE = 8  # tensor cores like dimensions that are multiples of 8
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The shape of a run's micro-batches; those of padded rows may be shorter."""
+    """The shape of a run's micro-batches. Padded ones may be shorter."""
 
     packs: int
-    length: int  # tokens of a pack, or of the longest row
+    length: int  # tokens in a pack, or in the longest row
     is_packed: bool
     starts: int  # entries of seq_starts; 0 if no pack has several rows
+
+    @property
+    def tokens(self) -> int:
+        return self.packs * self.length
 
 
 def micro_batches(
@@ -28,13 +32,13 @@ def micro_batches(
     pack_length: int | None = None,
     starts: int = 0,
     is_filled: bool = False,
-) -> list[dict]:
+) -> list[dict[str, torch.Tensor]]:
     """The packs of one step as batches of at most `batch_size` packs, in the order given.
 
-    With `is_filled` the last batch is filled up with empty packs, so that shapes repeat.
+    With `is_filled` empty packs complete the last batch, so that every batch has the same shape.
     """
-    found = iter(rows.fetch([index for pack in packs for index in pack]))
-    filled = [[next(found) for _ in pack] for pack in packs]
+    pairs = iter(rows.fetch([row for pack in packs for row in pack]))  # one read for the whole step
+    filled = [[next(pairs) for _ in pack] for pack in packs]
     if is_filled:
         filled += [[] for _ in range(-len(filled) % batch_size)]
     return [
@@ -56,13 +60,12 @@ def collate(
     attention mask is needed: under causal attention no token sees the padding to its right, and padding
     predicts nothing.
 
-    With `pack_length` all packs get that length, and two more tensors keep their rows apart: position_ids
-    (packs, length), which start again at 0 with every row and with the padding, and seq_starts, the flat
-    positions where they do, filled up with packs * length to at least `starts` entries: shapes repeat. With
-    `starts` 0, and no pack of two rows, there are no seq_starts: again, nothing has to be kept apart.
+    With `pack_length` all packs have that length, and two more tensors keep their rows apart. position_ids
+    (packs, length) restart at 0 with every row and with the padding. seq_starts are the flat positions where
+    they restart, filled up with packs * length to at least `starts` entries so that the shape repeats. If
+    `starts` is 0 and no pack has two rows there is nothing to keep apart, and no seq_starts.
     """
-    length = pack_length or max(sum(len(ids) for ids, _ in pack) for pack in packs)
-    length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+    length = padded_length(pack_length or max(sum(len(ids) for ids, _ in pack) for pack in packs))
     input_ids = torch.full((len(packs), length), pad_id)
     labels = torch.full((len(packs), length), IGNORE_INDEX)
     row_starts = []
@@ -93,6 +96,22 @@ def collate(
     return batch
 
 
+def padded_length(length: int) -> int:
+    """`length` rounded up to a multiple of PAD_MULTIPLE."""
+    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def worst_batch(shape: BatchShape, vocab_size: int) -> dict[str, torch.Tensor]:
+    """A batch of the given shape that needs the most memory: full packs, every token but the first a target.
+
+    Where packs may have several rows, each has two.
+    """
+    ids = torch.arange(shape.length) % vocab_size
+    rows = ids.tensor_split(2) if shape.starts else [ids]
+    packs = [[(row, row) for row in rows]] * shape.packs
+    return collate(packs, 0, shape.length if shape.is_packed else None, shape.starts)
+
+
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copy a batch to the device; from page-locked memory the copy waits for nothing."""
+    """Copy a batch to the device. From page-locked memory the host does not wait for the copy."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,14 +1,14 @@
-"""Row formats: from a row of the data, or a chat, to segments of text that say which part is trained.
+"""Row formats: from a row of data, or a chat, to segments of text marked as trained or not, and to token ids.
 
-A segment is (text, trained). Training and generation share these functions, so a prompt is always written,
-split and tokenized the way the adapter saw it.
+Training and generation share these functions, so a prompt is always written, split and tokenized the way the
+adapter saw it in training.
 """
 
 import re
 
-IGNORE_INDEX = -100  # label of a token that the loss does not count: cross_entropy's default ignore_index
+IGNORE_INDEX = -100  # label of a token left out of the loss: cross_entropy's default ignore_index
 
-Segment = tuple[str, bool]
+Segment = tuple[str, bool]  # (text, whether it is trained)
 
 ALPACA_INTRO = "Below is an instruction that describes a task. "
 ALPACA_INTRO_WITH_INPUT = (
@@ -19,7 +19,7 @@ ALPACA_REQUEST = "Write a response that appropriately completes the request.\n\n
 GUANACO_ANSWER = re.compile(r"### Assistant:(.*?)(?=### Human:|\Z)", re.DOTALL)
 LLAMA2_ANSWER = re.compile(r"\[/INST\](.*?)(?:</s>|(?=<s>|\[INST\]|\Z))", re.DOTALL)
 
-# For message rows where the tokenizer brings no chat template (base models such as Llama-2-7b-hf).
+# For message rows if the tokenizer has no chat template, as with base models such as Llama-2-7b-hf.
 FALLBACK_CHAT_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}### Assistant: {{ message['content'] }}{{ eos_token }}\n"
@@ -28,7 +28,7 @@ FALLBACK_CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}### Assistant:{% endif %}"
 )
-# Names that data sets give the two sides of a chat. Others (tool, say) are left to the chat template.
+# Names that datasets use for the two sides of a chat. Other roles, such as tool, are kept as they are.
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "model": "assistant", "bot": "assistant",
@@ -36,11 +36,11 @@ ROLES = {
 
 
 class DropRow(Exception):
-    """This row cannot be trained on; the message is the reason under which it is counted."""
+    """This row cannot be trained on. The message is the reason it is counted under."""
 
 
 def detect_format(rows: list[dict], text_field: str) -> str | None:
-    """Recognise the format of sample `rows` from their columns, or return None.
+    """Recognize the format of sample `rows` by their columns; None for an unknown one.
 
     A text column counts as guanaco or llama2 only if every sample row has that format's markers.
     """
@@ -65,7 +65,7 @@ def detect_format(rows: list[dict], text_field: str) -> str | None:
 
 
 def required_columns(row_format: str, text_field: str) -> set[str]:
-    """The columns of which a row of this format needs every one (for messages: any one)."""
+    """The columns a row of this format needs: all of them, or for messages any one."""
     return {
         "messages": {"messages", "conversations"},
         "alpaca": {"instruction", "output"},
@@ -74,12 +74,12 @@ def required_columns(row_format: str, text_field: str) -> set[str]:
 
 
 def row_segments(row: dict, row_format: str, text_field: str, tokenizer) -> list[Segment]:
-    """Split a training row into segments; the last one is trained. Raises DropRow with the reason."""
+    """Split a training row into segments, the last of them trained. Raises DropRow with the reason."""
     if row_format == "messages":
         messages = _messages(row)
-        while messages and messages[-1]["role"] != "assistant":  # a question without an answer trains nothing
+        while messages and messages[-1]["role"] != "assistant":  # a last question without an answer
             messages.pop()
-        segments = _chat_segments(messages, tokenizer)
+        segments = _template_segments(messages, tokenizer)
     elif row_format == "alpaca":
         segments = [(_alpaca_prompt(row), False), (_text(row, "output"), True)]
     elif row_format == "prompt_completion":
@@ -90,15 +90,16 @@ def row_segments(row: dict, row_format: str, text_field: str, tokenizer) -> list
         segments.pop()
     if not segments:
         raise DropRow("no response")
-    if not all(text.replace(tokenizer.eos_token, "").strip() for text, trained in segments if trained):
+    answers = [text for text, is_trained in segments if is_trained]
+    if not all(answer.replace(tokenizer.eos_token, "").strip() for answer in answers):
         raise DropRow("empty response")
     return segments
 
 
 def prompt_segments(row: dict, row_format: str, text_field: str, tokenizer) -> list[Segment]:
-    """The prompt of a row to be answered: its last answer, if it has one, is left out.
+    """The prompt of a row: the row without its last answer, if it has one. Raises DropRow.
 
-    A row with only a `prompt` column is a question, wrapped as `chat_segments` does. Raises DropRow.
+    A row with only a `prompt` column is a question from the user, and written as `chat_segments` does.
     """
     if required_columns(row_format, text_field).isdisjoint(row) and "prompt" in row:
         return chat_segments([{"role": "user", "content": _text(row, "prompt")}], row_format, tokenizer)
@@ -116,26 +117,26 @@ def prompt_segments(row: dict, row_format: str, text_field: str, tokenizer) -> l
 
 
 def chat_segments(messages: list[dict], row_format: str, tokenizer) -> list[Segment]:
-    """Write a chat ({"role", "content"} turns, the user's last) as the prompt of the next answer.
+    """Write a chat as the prompt for its next answer; `messages` are {"role", "content"}, the user's last.
 
-    alpaca and prompt_completion know no history: only the last turn is kept. Plain text goes on as it is,
-    a later question on a line of its own.
+    alpaca and prompt_completion have no history: only the last message counts. In plain text each question
+    after the first starts a new line. Raises DropRow.
     """
     if not messages or messages[-1]["role"] == "assistant":
         raise DropRow("no question")
     if row_format == "messages":
-        return _chat_segments(messages, tokenizer)
+        return _template_segments(messages, tokenizer)
     if row_format == "alpaca":
         return [(_alpaca_prompt({"instruction": messages[-1]["content"]}), False)]
     if row_format == "prompt_completion":
         return [(messages[-1]["content"], False)]
     if row_format == "guanaco":
-        turns = {"user": "### Human: {}### Assistant:", "assistant": " {}"}
+        written = {"user": "### Human: {}### Assistant:", "assistant": " {}"}
     elif row_format == "llama2":
-        turns = {"user": "<s>[INST] {} [/INST]", "assistant": " {} </s>"}
+        written = {"user": "<s>[INST] {} [/INST]", "assistant": " {} </s>"}
     else:
-        turns = {"user": "\n{}", "assistant": "{}"}
-    text = "".join(turns[message["role"]].format(message["content"]) for message in messages)
+        written = {"user": "\n{}", "assistant": "{}"}
+    text = "".join(written[message["role"]].format(message["content"]) for message in messages)
     text = text.removeprefix("\n")
     return _text_segments(text, row_format, tokenizer)
 
@@ -143,50 +144,50 @@ def chat_segments(messages: list[dict], row_format: str, tokenizer) -> list[Segm
 def encode(segments: list[Segment], adds_bos: bool, tokenizer) -> tuple[list[int], list[int]]:
     """Tokenize segments into (input_ids, labels) of equal length, with one leading BOS or none.
 
-    BOS is there if `adds_bos` or if the text itself begins with it, in either case once. A segment's ids
-    never depend on what follows it: a prompt has the same ids with and without its answer, so generation
-    starts from exactly what was trained. Labels are the ids, IGNORE_INDEX where not trained.
+    There is a BOS if `adds_bos`, or if the text itself starts with one; never two. A segment's ids do not
+    depend on what follows it: a prompt has the same ids with and without its answer, so generation starts
+    from exactly what was trained. Labels are the ids, and IGNORE_INDEX where not trained.
     """
-    input_ids, labels, spaces = [], [], ""
-    before, before_ids = "", None  # the text of the last segment, and its ids alone where they are known
+    input_ids, labels = [], []
     (first, is_first_trained), *others = segments
     while tokenizer.bos_token and first.lstrip().startswith(tokenizer.bos_token):
         first, adds_bos = first.lstrip().removeprefix(tokenizer.bos_token), True
     if adds_bos:
         input_ids.append(tokenizer.bos_token_id)
         labels.append(IGNORE_INDEX)
-    for text, trained in [(first, is_first_trained), *others]:
-        text = spaces + text
-        # Tokenizers join a space with the word behind it, so a prompt's last spaces belong to the answer.
-        spaces = "" if trained else text[len(text.rstrip(" ")) :]
-        text = text.removesuffix(spaces)
-        ids = _continuation_ids(before, before_ids, text, tokenizer)
+    held_spaces = ""  # from the end of the segment before
+    previous, previous_ids = "", None  # text of the last segment with any; its ids if tokenized alone
+    for text, is_trained in [(first, is_first_trained), *others]:
+        text = held_spaces + text
+        # Tokenizers join a space with the word after it, so a prompt's trailing spaces belong to the answer.
+        held_spaces = "" if is_trained else text[len(text.rstrip(" ")) :]
+        text = text.removesuffix(held_spaces)
+        ids = _continuation_ids(previous, previous_ids, text, tokenizer)
         input_ids += ids
-        labels += ids if trained else [IGNORE_INDEX] * len(ids)
+        labels += ids if is_trained else [IGNORE_INDEX] * len(ids)
         if text:
-            before, before_ids = text, None if before else ids
+            previous, previous_ids = text, None if previous else ids
     return input_ids, labels
 
 
 def starts_with_bos(row_format: str, tokenizer) -> bool:
-    """Whether rows get a BOS that their text does not spell out.
+    """Whether rows of this format get a BOS that is not in their text.
 
-    A chat template spells it out or means none; elsewhere it stands where the tokenizer itself puts one
-    (Llama's does, Qwen's and GPT-2's do not).
+    A chat template writes its own BOS, or wants none. Other rows get one if the tokenizer adds one by itself,
+    as Llama's does; Qwen's and GPT-2's do not.
     """
     if row_format == "messages" or tokenizer.bos_token_id is None:
         return False
     return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def _continuation_ids(before: str, before_ids: list[int] | None, text: str, tokenizer) -> list[int]:
-    """Ids of `text` where it follows `before`, whose own ids stay as they are.
+def _continuation_ids(previous: str, previous_ids: list[int] | None, text: str, tokenizer) -> list[int]:
+    """Ids of `text` as it stands after `previous`, whose own ids must not change.
 
-    Tokenized alone, text may start differently from text in its place: Llama 2's tokenizer puts a space in
-    front. Where text in its place would share a token with what is before, it is tokenized as if on a new
-    line.
+    Tokenized alone, a text may start differently: Llama 2's tokenizer puts a space in front of it. If the end
+    of `previous` and the start of `text` would merge into one token, it is tokenized as after a newline.
     """
-    for context, context_ids in ((before, before_ids), ("\n", None)) if before else ():
+    for context, context_ids in ((previous, previous_ids), ("\n", None)) if previous else ():
         context_ids = context_ids or _ids(context, tokenizer)
         joined_ids = _ids(context + text, tokenizer)
         if joined_ids[: len(context_ids)] == context_ids:
@@ -207,7 +208,7 @@ def _alpaca_prompt(row: dict) -> str:
 
 
 def _text_segments(text: str, row_format: str, tokenizer) -> list[Segment]:
-    """Split a text column at its format's markers; plain text is one trained segment."""
+    """Split a text column at its format's markers. Plain text is one trained segment."""
     if not text.strip():
         raise DropRow("empty text")
     if row_format == "text":
@@ -220,14 +221,16 @@ def _text_segments(text: str, row_format: str, tokenizer) -> list[Segment]:
         position = answer.end()
     if position < len(text):
         segments.append((text[position:], False))
-    if row_format == "llama2":  # its <s> and </s> stand for whatever this tokenizer's BOS and EOS are
+    if row_format == "llama2":  # its <s> and </s> stand for this tokenizer's BOS and EOS
         bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
-        segments = [(text.replace("<s>", bos).replace("</s>", eos), trained) for text, trained in segments]
-    return [(text, trained) for text, trained in segments if text]
+        segments = [
+            (text.replace("<s>", bos).replace("</s>", eos), is_trained) for text, is_trained in segments
+        ]
+    return [(text, is_trained) for text, is_trained in segments if text]
 
 
 def _messages(row: dict) -> list[dict]:
-    """Turns as {"role", "content"} from a `messages` column or ShareGPT's `conversations` (from, value)."""
+    """{"role", "content"} messages from a `messages` column, or from ShareGPT's `conversations`."""
     column = "messages" if "messages" in row else "conversations"
     turns = row.get(column)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -242,22 +245,22 @@ def _messages(row: dict) -> list[dict]:
     return messages
 
 
-def _chat_segments(messages: list[dict], tokenizer) -> list[Segment]:
-    """Render with the tokenizer's chat template; every assistant turn is trained.
+def _template_segments(messages: list[dict], tokenizer) -> list[Segment]:
+    """Render messages with the tokenizer's chat template; every assistant message is trained.
 
-    Where the template writes earlier turns differently once more follow (as those that strip reasoning do),
-    only the last assistant turn is trained, in the form generation will see. Messages that end with a user's
-    turn close with the template's generation prompt.
+    Each answer is found by rendering the chat before it, with the generation prompt, and the chat up to it.
+    A template may write earlier messages differently once more follow (those that strip reasoning do): then
+    only the last answer is trained, in the form that generation will see. A chat that ends with the user's
+    message closes with the generation prompt.
     """
     segments, rendered = [], ""
     for position, message in enumerate(messages):
         is_answer, is_last = message["role"] == "assistant", position == len(messages) - 1
         if not is_answer and not is_last:
             continue
-        prompt = _render(
-            messages[:position] if is_answer else messages, tokenizer, add_generation_prompt=True
-        )
-        if not prompt.startswith(rendered):
+        prompt_messages = messages[:position] if is_answer else messages
+        prompt = _render(prompt_messages, tokenizer, add_generation_prompt=True)
+        if not prompt.startswith(rendered):  # the template has rewritten what was rendered so far
             segments, rendered = [], ""
         segments.append((prompt[len(rendered) :], False))
         if is_answer:
@@ -266,10 +269,8 @@ def _chat_segments(messages: list[dict], tokenizer) -> list[Segment]:
             rendered = _render(messages[: position + 1], tokenizer, add_generation_prompt=False)
             if not rendered.startswith(prompt):
                 raise DropRow("the chat template does not start an answer with its own generation prompt")
-            if rendered.rstrip().endswith(
-                tokenizer.eos_token
-            ):  # what a template puts behind EOS is no answer
-                rendered = rendered.rstrip()
+            if rendered.rstrip().endswith(tokenizer.eos_token):
+                rendered = rendered.rstrip()  # whitespace after EOS is not part of the answer
             segments.append((rendered[len(prompt) :], True))
     return segments
 
@@ -279,7 +280,7 @@ def _render(messages: list[dict], tokenizer, add_generation_prompt: bool) -> str
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except Exception as error:  # templates raise whatever they like on role orders they refuse
+    except Exception as error:  # templates are code: any type, for any role they reject
         raise DropRow(f"the chat template refuses it: {error}") from error
 
 

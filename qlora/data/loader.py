@@ -1,189 +1,144 @@
-"""What gives each optimizer step its batches: from prepared rows, or from a stream, window by window."""
+"""The micro-batches of each optimizer step, made in a thread while the step before is trained.
 
-from collections.abc import Callable, Iterator
+StepLoader takes them from prepared rows, StreamLoader from a stream, window by window.
+"""
+
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import islice
 from threading import Thread
 
 import torch
-from tqdm import tqdm
 
 from qlora.data.batch import BatchShape, micro_batches
 from qlora.data.order import StepOrder
-from qlora.data.prepare import STREAM_WINDOW, check_vocabulary
-from qlora.data.sources import LocatedRow, RowSource
-from qlora.data.tokenize import TokenizedRows, tokenize_window
-from qlora.errors import InputError
+from qlora.data.stream import RowStream, Window
+from qlora.data.tokenized import TokenizedRows
 
 
 @dataclass
-class Step:
+class StepData:
     """What one optimizer step trains on."""
 
-    batches: list[dict]  # collate()'s, in page-locked memory where there is a card
+    micro_batches: list[dict[str, torch.Tensor]]  # as collate makes them; page-locked if there is a GPU
+    targets: int  # trained tokens of all micro-batches: what the step's loss is divided by
     tokens: int  # without padding
-    epochs: float  # done when the step is
-    place: dict | None = None  # with --streaming: a Place
-
-
-class StepLoader:
-    """Makes the batches of a step, ahead of it in a thread."""
-
-    def __init__(self, rows: TokenizedRows, order: StepOrder, shape: BatchShape, pad_id: int, last_step: int):
-        self.rows, self.order, self.shape, self.pad_id = rows, order, shape, pad_id
-        self.last_step = last_step
-        self.next = (None, None)  # the number of the step that is being made, and the Step to come
-
-    def prepare(self, step: int) -> None:
-        """Begin to make a step; the one before must have been taken, as make() runs once at a time."""
-        if step < self.last_step:
-            self.next = step, in_background(self.make, step)
-
-    def take(self, step: int) -> Step:
-        """A step, which is waited for if it is not ready."""
-        if self.next[0] != step:
-            self.prepare(step)
-        return self.next[1].result()
-
-    def make(self, step: int) -> Step:
-        """The batches of a step."""
-        order, packs = self.order, self.order.packs(step)
-        batches = micro_batches(
-            self.rows, packs, self.shape.packs, self.pad_id, order.pack_length, self.shape.starts,
-            is_filled=True,
-        )  # fmt: skip
-        if torch.cuda.is_available():
-            batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
-        tokens = sum(int(order.lengths[pack].sum()) for pack in packs)
-        return Step(batches, tokens, order.epochs_at(step + 1))
+    epochs: float  # completed once the step is done
+    place: dict | None = None  # when streaming: the fields of a Place, for the checkpoint
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a window starts; a checkpoint keeps it, and a resume reads on from there."""
+    """Where a window of a stream starts. A checkpoint keeps it, and a resumed run reads on from there."""
 
-    turn: int = 0  # passes over the data before
-    row: int = 0  # rows of this pass before
-    first_step: int = 0  # the optimizer step that takes its first packs
+    turn: int = 0  # passes over the source before this one
+    row: int = 0  # rows of this pass before the window
+    first_step: int = 0  # the optimizer step that takes the window's first packs
+
+
+class StepLoader:
+    """Makes the data of one step after another, each in a background thread."""
+
+    def __init__(
+        self, rows: TokenizedRows, order: StepOrder, shape: BatchShape, pad_id: int, total_steps: int
+    ):
+        self.rows, self.order, self.shape, self.pad_id = rows, order, shape, pad_id
+        self.total_steps = total_steps
+        self._coming_step: int | None = None
+        self._coming: Future | None = None  # the StepData of _coming_step
+
+    def prepare(self, step: int) -> None:
+        """Start making a step. Take the one before first: make() is not safe to run twice at a time."""
+        if step < self.total_steps:
+            self._coming_step, self._coming = step, in_background(self.make, step)
+
+    def take(self, step: int) -> StepData:
+        """The data of a step; waits until it is ready, and raises what went wrong while making it."""
+        if self._coming_step != step:
+            self.prepare(step)
+        return self._coming.result()
+
+    def make(self, step: int) -> StepData:
+        """The data of a step, made in the calling thread."""
+        return make_step(self.rows, self.order, self.shape, self.pad_id, step)
 
 
 class StreamLoader(StepLoader):
-    """Steps from one window of rows after the other, pass after pass over `source`.
+    """Makes steps from one window of a stream after another. Steps must be made in order.
 
-    Each window is a small epoch: shuffled, packed and cut into steps by itself, so that a step is a function
-    of seed and Place. The next window is read and tokenized by a second thread. `tokenize` makes rows ready
-    for training, `order` makes the StepOrder of (rows, seed=...).
+    Each window is a small epoch, shuffled, packed and cut into steps by itself, so a step is a pure function
+    of the seed and its Place. A second thread reads and tokenizes the next window. `order` is the pattern:
+    each window is ordered in the same way, with its own rows and seed.
     """
 
     def __init__(
         self,
-        source: RowSource,
-        tokenize: Callable[[list[LocatedRow]], TokenizedRows],
-        order: Callable[..., StepOrder],
-        seed: int,
+        stream: RowStream,
+        order: StepOrder,
         shape: BatchShape,
         pad_id: int,
-        last_step: int,
+        total_steps: int,
         place: Place,
     ):
-        super().__init__(None, None, shape, pad_id, last_step)
-        self.source, self.tokenize, self.make_order, self.seed = source, tokenize, order, seed
-        self.windows = self._windows(place.turn, place.row)
-        self.coming = in_background(next, self.windows)
-        self._open_next(place.first_step)
+        self.stream = stream
+        self._first_order = order
+        self._windows = stream.windows(place.turn, place.row)
+        self._next_window: Future = in_background(next, self._windows)
+        self._open_window(place.first_step)
+        super().__init__(self.rows, self.order, shape, pad_id, total_steps)
 
-    def make(self, step: int) -> Step:
-        """The batches of a step; the steps must come in order."""
+    def make(self, step: int) -> StepData:
         while step - self.place.first_step >= self.order.steps_in(0):
-            self._open_next(self.place.first_step + self.order.steps_in(0))
-        made = super().make(step - self.place.first_step)
-        made.epochs, made.place = float(self.place.turn), asdict(self.place)
-        return made
+            self._open_window(self.place.first_step + self.order.steps_in(0))
+        data = super().make(step - self.place.first_step)
+        data.epochs, data.place = float(self.place.turn), asdict(self.place)
+        return data
 
-    def _open_next(self, first_step: int) -> None:
-        self.rows, turn, row = self.coming.result()
-        self.coming = in_background(next, self.windows)
-        self.place = Place(turn, row, first_step)
-        self.order = self.make_order(self.rows, seed=(self.seed, turn, row))
-
-    def _windows(self, turn: int, row: int) -> Iterator[tuple[TokenizedRows, int, int]]:
-        """(rows, turn, row) of each window that has a usable row, from there on without end."""
-        while True:
-            reading, was_used = islice(iter(self.source), row, None), row > 0
-            while window := list(islice(reading, STREAM_WINDOW)):
-                rows = self.tokenize(window)
-                if rows.dropped:
-                    tqdm.write(f"from {window[0][0]} on, dropped: {rows.describe_drops()}")
-                if len(rows):
-                    was_used = True
-                    yield rows, turn, row
-                row += len(window)
-            if not was_used:
-                raise InputError(f"no row of {self.source} can be used")
-            turn, row = turn + 1, 0
-
-
-def in_background(call: Callable, *arguments) -> Future:
-    """The result to come of a call in a thread that does not keep the process alive."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(call(*arguments))
-        except BaseException as error:  # raised again by whoever asks for the result
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
-
-
-def make_order(
-    config,
-    pack_length: int | None,
-    rows: TokenizedRows,
-    most_rows: int | None = None,
-    seed: int | tuple[int, ...] | None = None,
-) -> StepOrder:
-    """The order in which a TrainConfig takes rows; `seed` in place of its own."""
-    return StepOrder(
-        rows.lengths,
-        config.per_device_train_batch_size * config.gradient_accumulation_steps,
-        config.seed if seed is None else seed,
-        config.group_by_length,
-        pack_length,
-        rows.sources,
-        config.dataset_weights,
-        most_rows,
-    )
+    def _open_window(self, first_step: int) -> None:
+        """Switch to the next window, used from `first_step` on. Waits until it is tokenized."""
+        window: Window = self._next_window.result()
+        self._next_window = in_background(next, self._windows)
+        seed = (*self._first_order.seed, window.turn, window.row)
+        self.rows = window.rows
+        self.order = self._first_order.for_rows(window.rows.lengths, window.rows.source_ids, seed)
+        self.place = Place(window.turn, window.row, first_step)
 
 
 def make_loader(
-    config,
-    tokenizer,
-    model_config,
     rows: TokenizedRows,
     order: StepOrder,
     shape: BatchShape,
-    place: dict | None,
-) -> tuple[StepLoader, int]:
-    """The loader for a TrainConfig, and the number of steps; `place` is the one of the checkpoint, if any."""
-    pad_id = tokenizer.eos_token_id
-    if not config.streaming:
-        total_steps = config.max_steps if config.max_steps > 0 else order.steps_until(config.num_train_epochs)
-        return StepLoader(rows, order, shape, pad_id, total_steps), total_steps
+    pad_id: int,
+    total_steps: int,
+    stream: RowStream | None = None,
+    place: dict | None = None,
+) -> StepLoader:
+    """The loader of a run of `total_steps` steps. A stream starts at a checkpoint's `place` if given one."""
+    if stream is None:
+        return StepLoader(rows, order, shape, pad_id, total_steps)
+    return StreamLoader(stream, order, shape, pad_id, total_steps, Place(**(place or {})))
 
-    def tokenize(window: list[LocatedRow]) -> TokenizedRows:
-        found = tokenize_window(
-            window, tokenizer, row_format=rows.row_format, text_field=config.dataset_text_field,
-            completion_only_loss=config.completion_only_loss,
-        ).cut(rows.max_length)  # fmt: skip
-        check_vocabulary(found, model_config.vocab_size)
-        return found
 
-    source = RowSource(config.dataset[0], config.split, config.dataset_config, streaming=True)
-    place = Place(**(place or {}))
-    make = partial(make_order, config, order.pack_length, most_rows=order.most_rows)
-    loader = StreamLoader(source, tokenize, make, config.seed, shape, pad_id, config.max_steps, place)
-    return loader, config.max_steps
+def make_step(rows: TokenizedRows, order: StepOrder, shape: BatchShape, pad_id: int, step: int) -> StepData:
+    """The data of step `step` of an order over `rows`."""
+    packs = order.packs(step)
+    batches = micro_batches(rows, packs, shape.packs, pad_id, order.pack_length, shape.starts, is_filled=True)
+    if torch.cuda.is_available():  # page-locked memory, or the copy to the GPU makes the host wait
+        batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+    targets = sum(len(batch["target_ids"]) for batch in batches)
+    tokens = sum(int(order.lengths[pack].sum()) for pack in packs)
+    return StepData(batches, targets, tokens, order.epochs_at(step + 1))
+
+
+def in_background(call: Callable, *arguments) -> Future:
+    """Call in a daemon thread: one stalled in a network read must not keep the process alive."""
+    future = Future()
+    Thread(target=_fulfil, args=(future, call, arguments), daemon=True).start()
+    return future
+
+
+def _fulfil(future: Future, call: Callable, arguments: tuple) -> None:
+    try:
+        future.set_result(call(*arguments))
+    except BaseException as error:  # whatever it is: raised again where the result is asked for
+        future.set_exception(error)

@@ -1,69 +1,81 @@
-"""Sources to rows that a model can be trained on: tokenized, checked, cut."""
+"""Sources to rows that a model can be trained on: tokenized, cut, checked, and split for validation."""
 
 import math
-from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 import numpy as np
 
 from qlora.data.batch import PAD_MULTIPLE
 from qlora.data.sources import RowSource
-from qlora.data.tokenize import TokenizedRows, hold_out, mix, tokenize_rows
+from qlora.data.stream import STREAM_WINDOW, RowStream
+from qlora.data.tokenize import tokenize_rows
+from qlora.data.tokenized import TokenizedRows, check_vocabulary, hold_out, mix
 from qlora.errors import InputError
-from qlora.model.adapter import check_adapter
-from qlora.model.base import load_config, load_tokenizer
-
-STREAM_WINDOW = 10_000  # rows of a stream that are read and tokenized at a time
 
 
-def load_data(config) -> tuple:
-    """(tokenizer, the model's configuration, training rows, validation rows or None) of a TrainConfig.
+def load_rows(
+    tokenizer,
+    model_config,
+    train_sources: list[RowSource],
+    validation_sources: list[RowSource],
+    *,
+    row_format: str,
+    text_field: str,
+    completion_only_loss: bool,
+    max_length: str,
+    held_out: float | None,
+    seed: int,
+    weights: list[float] | None = None,
+    window_rows: int = STREAM_WINDOW,
+) -> tuple[TokenizedRows, TokenizedRows | None, RowStream | None]:
+    """(training rows, validation rows or None, stream or None), for a model with that `model_config`.
 
-    The rows are tokenized and checked against the model's limits. With --streaming the training rows are the
-    first window of the stream. Raises InputError for whatever is wrong with any of them.
+    Validation rows come from `validation_sources`, or are held out of the training rows: `held_out` is a
+    share below 1, else a number of rows. A single streaming source is not read to its end: its training rows
+    are the first window of `window_rows` rows, and the stream gives all of them. `max_length` is --max_length
+    (choose_max_length). Raises InputError for anything that cannot be used, among it a source with a weight
+    that has no usable row.
     """
-    if config.adapter:
-        check_adapter(config.adapter)
-    tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
-    model_config = load_config(config.model, config.trust_remote_code).get_text_config()
-    settings = {"text_field": config.dataset_text_field, "completion_only_loss": config.completion_only_loss}
-    tokenize = partial(tokenize_source, tokenizer, **settings)
-    sources = [RowSource(dataset, config.split, config.dataset_config) for dataset in config.dataset]
-    if config.streaming:
-        (source,) = sources
-        sample = list(islice(replace(source, streaming=True), STREAM_WINDOW))
-        train_rows = tokenize_rows(sample, tokenizer, config.dataset_format, name=str(source), **settings)
+    settings = {"text_field": text_field, "completion_only_loss": completion_only_loss}
+    if any(source.streaming for source in train_sources):
+        (source,) = train_sources
+        sample = list(islice(source, window_rows))
+        train_rows = tokenize_rows(sample, tokenizer, row_format, name=str(source), **settings)
     else:
-        parts = [tokenize(config.dataset_format, source) for source in sources]
+        parts = [tokenize_source(tokenizer, row_format, source, **settings) for source in train_sources]
         train_rows = mix(parts)
         if len({part.row_format for part in parts}) > 1:
             formats = ", ".join(part.row_format for part in parts)
-            print(f"The data sets have the formats {formats}: generate.py will ask in the first.")
-    max_length = choose_max_length(config.max_length, train_rows.whole_lengths, model_config)
-    train_rows = cut_rows(train_rows, max_length, model_config.vocab_size)
+            print(f"The datasets have the formats {formats}: generate.py will use the first.")
+    max_tokens = choose_max_length(max_length, train_rows.full_lengths, model_config)
+    train_rows = cut_rows(train_rows, max_tokens, model_config.vocab_size)
+
     validation_rows = None
-    if config.held_out is not None:
-        train_rows, validation_rows = hold_out(train_rows, config.held_out, config.seed)
-    elif config.validation_split or config.validation_dataset:
-        sources = [
-            RowSource(dataset, config.validation_split, config.dataset_config) for dataset in config.dataset
-        ]
-        if config.validation_dataset:
-            sources = [RowSource(config.validation_dataset, config.validation_split or "train")]
-        row_format = train_rows.row_format if len(sources) == 1 else config.dataset_format
-        validation_rows = mix([tokenize(row_format, source) for source in sources])
-        validation_rows = cut_rows(validation_rows, max_length, model_config.vocab_size)
-    for number, dataset in enumerate(config.dataset):
-        if config.dataset_weights and number not in train_rows.sources:
-            raise InputError(f"--dataset_weights: no row of {dataset} is left to train on")
-    return tokenizer, model_config, train_rows, validation_rows
+    if held_out is not None:
+        train_rows, validation_rows = hold_out(train_rows, held_out, seed)
+    elif validation_sources:
+        if len(validation_sources) == 1:
+            row_format = train_rows.row_format
+        parts = [tokenize_source(tokenizer, row_format, source, **settings) for source in validation_sources]
+        validation_rows = cut_rows(mix(parts), max_tokens, model_config.vocab_size)
+
+    if weights is not None:  # a source cannot have its share of an epoch without a row
+        for number, source in enumerate(train_sources):
+            if number not in train_rows.source_ids:
+                raise InputError(f"--dataset_weights: no row of {source.dataset} is left to train on")
+    stream = None
+    if train_sources[0].streaming:
+        stream = RowStream(
+            train_sources[0], tokenizer, train_rows.row_format, text_field, completion_only_loss, max_tokens,
+            model_config.vocab_size, window_rows,
+        )  # fmt: skip
+    return train_rows, validation_rows, stream
 
 
 def tokenize_source(
     tokenizer, row_format: str, source: RowSource, text_field: str, completion_only_loss: bool
 ) -> TokenizedRows:
-    """The rows of a source, tokenized and cached; raises InputError if none can be used."""
+    """The rows of a source, tokenized and cached. Raises InputError if none can be used."""
     rows = tokenize_rows(
         source, tokenizer, row_format, name=str(source), content=source.content(), text_field=text_field,
         completion_only_loss=completion_only_loss,
@@ -74,7 +86,7 @@ def tokenize_source(
 
 
 def cut_rows(rows: TokenizedRows, max_length: int, vocab_size: int) -> TokenizedRows:
-    """The rows as a model sees them; raises InputError if none is left or the model lacks a token."""
+    """The rows cut at `max_length` tokens. Raises InputError if none is left or the model lacks a token."""
     rows = rows.cut(max_length)
     if not len(rows):
         raise InputError(f"no row can be used: {rows.describe_drops()}")
@@ -82,31 +94,21 @@ def cut_rows(rows: TokenizedRows, max_length: int, vocab_size: int) -> Tokenized
     return rows
 
 
-def choose_max_length(wanted: str, lengths: np.ndarray, model_config) -> int:
-    """Tokens of the longest row from --max_length: a number, a percentile of `lengths` (p90), or `max`.
+def choose_max_length(max_length: str, lengths: np.ndarray, model_config) -> int:
+    """Tokens of the longest row, from --max_length: a number, a percentile of `lengths` (p90), or `max`.
 
-    Percentiles and `max` are rounded up to a multiple of 64, and all are capped by the model's context.
+    Percentiles and `max` are rounded up to a multiple of 64. The model's context caps them all.
     """
-    if wanted.isdigit():
-        max_length = int(wanted)
+    if max_length.isdigit():
+        max_tokens = int(max_length)
     else:
-        percent = 100.0 if wanted == "max" else float(wanted[1:])
-        longest = np.percentile(lengths, percent, method="inverted_cdf")  # an actual length
-        max_length = math.ceil(longest / 64) * 64
+        percent = 100.0 if max_length == "max" else float(max_length[1:])
+        longest = np.percentile(lengths, percent, method="inverted_cdf")  # the length of an actual row
+        max_tokens = math.ceil(longest / 64) * 64
     context = getattr(model_config, "max_position_embeddings", None)
     if context is None:
-        return max_length
-    context -= context % PAD_MULTIPLE  # batches are padded to that, and positions may be learned
-    if max_length > context:
-        print(f"--max_length {wanted} is more than the model's context: {context} is used.")
-    return min(max_length, context)
-
-
-def check_vocabulary(rows: TokenizedRows, vocab_size: int) -> None:
-    """Raise InputError if a token id has no embedding in a model of `vocab_size` tokens."""
-    largest = int(rows.column("largest_id").max(initial=0))
-    if largest >= vocab_size:
-        raise InputError(
-            f"the tokenizer gives token id {largest}, but the model has only {vocab_size} tokens: "
-            "they do not belong together"
-        )
+        return max_tokens
+    context -= context % PAD_MULTIPLE  # batches are padded to a multiple, and must fit learned positions too
+    if max_tokens > context:
+        print(f"--max_length {max_length} exceeds the model's context: using {context}.")
+    return min(max_tokens, context)

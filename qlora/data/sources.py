@@ -1,4 +1,4 @@
-"""Rows from files, folders and the hub, each with the place it stands at; what cannot be read is named."""
+"""Reading rows from files, folders and the Hugging Face hub, each with its location for error messages."""
 
 import csv
 import hashlib
@@ -7,11 +7,12 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, dropwhile, islice
+from itertools import chain, islice
 from pathlib import Path
 
 from qlora.errors import InputError, first_line
 
+# A folder's files with one of these in their names are not training data.
 OTHER_SPLITS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
 
 LocatedRow = tuple[str, dict]  # ("rows.jsonl line 12", {column: value})
@@ -19,12 +20,12 @@ LocatedRow = tuple[str, dict]  # ("rows.jsonl line 12", {column: value})
 
 @dataclass(frozen=True)
 class RowSource:
-    """A data set and split as they were given; can be iterated again and again, as read_rows."""
+    """A dataset and split as given by the user. Iterating it reads the rows, again each time."""
 
-    dataset: str
+    dataset: str  # file, folder or hub id
     split: str = "train"
     config_name: str | None = None
-    streaming: bool = False  # a hub data set is not downloaded first
+    streaming: bool = False  # a hub dataset is not downloaded first
 
     def __iter__(self) -> Iterator[LocatedRow]:
         return read_rows(self.dataset, self.split, self.config_name, self.streaming)
@@ -33,16 +34,16 @@ class RowSource:
         return self.dataset if self.split == "train" else f"{self.dataset} ({self.split})"
 
     def content(self) -> str:
-        """A hash of what is read: the files' bytes, or what `datasets` has as fingerprint of hub data."""
-        name, _, _ = parse_split(self.split)
-        files = _local_files(self.dataset, name)
+        """A hash of everything iterating would read: file bytes, or the fingerprint `datasets` has."""
+        split_name, _, _ = parse_split(self.split)
+        files = _local_files(self.dataset, split_name)
         if files is None:
             return _load_from_hub(self.dataset, self.split, self.config_name)._fingerprint
         digest = hashlib.sha256(self.split.encode())
-        for file in files:
-            digest.update(str(file).encode())
-            with _open(file) as opened:
-                while block := opened.read(2**20):
+        for path in files:
+            digest.update(str(path).encode())
+            with _open(path) as file:
+                while block := file.read(2**20):
                     digest.update(block)
         return digest.hexdigest()
 
@@ -50,65 +51,58 @@ class RowSource:
 def read_rows(
     dataset: str, split: str, config_name: str | None = None, streaming: bool = False
 ) -> Iterator[LocatedRow]:
-    """Yield (location, row) from a file, a folder of files, or a hub data set.
+    """Yield (location, row) from a file, a folder of files, or a hub dataset.
 
-    `split` is a split's name with an optional slice in rows or percent: train, train[:1000], train[90%:].
-    Raises InputError, naming the file and line, for what cannot be read.
+    `split` is a split name with an optional slice in rows or percent: train, train[:1000], train[90%:].
+    Raises InputError, with the file and line, for anything that cannot be read.
     """
-    name, start, stop = parse_split(split)
-    files = _local_files(dataset, name)
+    split_name, start, stop = parse_split(split)
+    files = _local_files(dataset, split_name)
     if files is None:
-        number = 0
-        try:
-            for number, row in enumerate(_load_from_hub(dataset, split, config_name, streaming), start=1):
-                yield f"{dataset} row {number}", row
-        except InputError:
-            raise
-        except Exception as error:  # in a stream any row may meet any trouble of the network
-            raise InputError(f"{dataset} cannot be read after row {number}: {first_line(error)}") from error
+        yield from _hub_rows(dataset, split, config_name, streaming)
         return
-
-    def rows():
-        return chain.from_iterable(READERS[file.suffix.lower()](file) for file in files)
-
     if any(isinstance(bound, str) or (bound is not None and bound < 0) for bound in (start, stop)):
-        start, stop = _absolute_slice(start, stop, sum(1 for _ in rows()))
-    found = False
-    for row in islice(rows(), start, stop):
-        found = True
-        yield row
-    if not found:
+        start, stop = _absolute_slice(start, stop, sum(1 for _ in _file_rows(files)))
+    is_empty = True
+    for located_row in islice(_file_rows(files), start, stop):
+        is_empty = False
+        yield located_row
+    if is_empty:
         raise InputError(f"{dataset} has no rows" + (f" in {split}" if split != "train" else ""))
 
 
 def parse_split(split: str) -> tuple[str, int | str | None, int | str | None]:
-    """'train[10%:500]' -> ('train', '10%', 500); raises InputError."""
+    """'train[10%:500]' -> ('train', '10%', 500). Raises InputError."""
     match = re.fullmatch(r"(\w[\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         raise InputError(
-            f"cannot read the split '{split}': expected a name with an optional slice, as in train[:90%]"
+            f"cannot read the split '{split}': expected a name with an optional slice, such as train[:90%]"
         )
     name, *bounds = match.groups()
     return name, *(bound if bound is None or bound.endswith("%") else int(bound) for bound in bounds)
 
 
-def _absolute_slice(start, stop, rows: int) -> tuple[int, int]:
-    """Percentages and negative bounds as row numbers, rounded as `datasets` rounds them."""
+def _absolute_slice(start, stop, row_count: int) -> tuple[int, int]:
+    """Percentages and negative bounds as row numbers, rounded the way `datasets` does it."""
     bounds = [
-        round(int(bound[:-1]) * rows / 100) if isinstance(bound, str) else bound for bound in (start, stop)
+        round(int(bound[:-1]) * row_count / 100) if isinstance(bound, str) else bound
+        for bound in (start, stop)
     ]
-    return slice(*bounds).indices(rows)[:2]
+    return slice(*bounds).indices(row_count)[:2]
+
+
+# ---------------------------------------------------------------- local or hub?
 
 
 def _local_files(dataset: str, split_name: str) -> list[Path] | None:
-    """The files of a split of a local data set; None if it must be one on the hub."""
+    """The files of a local dataset's split, or None for a hub dataset."""
     path = Path(dataset)
     if path.is_file():
         if path.suffix.lower() not in READERS:
-            raise InputError(f"{path} is none of {', '.join(READERS)}")
+            raise InputError(f"cannot read {path}: its type is not one of {', '.join(READERS)}")
         if split_name != "train":
             raise InputError(
-                f"{path} is a single file: it has the split 'train' (or a slice of it), not '{split_name}'"
+                f"{path} is a single file: its only split is 'train' (or a slice of it), not '{split_name}'"
             )
         return [path]
     if path.is_dir():
@@ -118,21 +112,23 @@ def _local_files(dataset: str, split_name: str) -> list[Path] | None:
     return None
 
 
-def _files_of_split(folder: Path, name: str) -> list[Path]:
-    """A folder's data files that name the split; for train, if there are none, those that name no other."""
+def _files_of_split(folder: Path, split_name: str) -> list[Path]:
+    """A folder's data files named after the split. For train, if there are none: files of no other split."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
-
-    def named(split: str) -> list[Path]:
-        word = re.compile(rf"(?<![a-z0-9]){re.escape(split.lower())}(?![a-z0-9])")
-        return [file for file in files if word.search(str(file.relative_to(folder)).lower())]
-
-    chosen = named(name)
-    if not chosen and name == "train":
-        others = {file for split in OTHER_SPLITS for file in named(split)}
-        chosen = [file for file in files if file not in others]
+    chosen = _named_after(split_name, files, folder)
+    if not chosen and split_name == "train":
+        others = {path for other in OTHER_SPLITS for path in _named_after(other, files, folder)}
+        chosen = [path for path in files if path not in others]
     if not chosen:
-        raise InputError(f"{folder} has no {', '.join(READERS)} file" + f" of split '{name}'" * bool(files))
+        of_split = f" of split '{split_name}'" if files else ""
+        raise InputError(f"{folder} has no {', '.join(READERS)} file{of_split}")
     return chosen
+
+
+def _named_after(split_name: str, files: list[Path], folder: Path) -> list[Path]:
+    """The files whose path inside the folder contains the split's name as a whole word."""
+    word = re.compile(rf"(?<![a-z0-9]){re.escape(split_name.lower())}(?![a-z0-9])")
+    return [path for path in files if word.search(str(path.relative_to(folder)).lower())]
 
 
 def _load_from_hub(dataset: str, split: str, config_name: str | None, streaming: bool = False):
@@ -142,21 +138,39 @@ def _load_from_hub(dataset: str, split: str, config_name: str | None, streaming:
         return datasets.load_dataset(dataset, config_name, split=split, streaming=streaming)
     except Exception as error:  # the hub client raises dozens of types; all mean the same to the user
         raise InputError(
-            f"cannot load the data set '{dataset}' ({split}): it is no file or folder here, and the hub "
+            f"cannot load the dataset '{dataset}' ({split}): it is not a local file or folder, and the hub "
             f"says: {first_line(error)} - check the name, the network and `hf auth login`, or give a file"
         ) from error
+
+
+def _hub_rows(dataset: str, split: str, config_name: str | None, streaming: bool) -> Iterator[LocatedRow]:
+    number = 0
+    try:
+        for number, row in enumerate(_load_from_hub(dataset, split, config_name, streaming), start=1):
+            yield f"{dataset} row {number}", row
+    except InputError:
+        raise
+    except Exception as error:  # a stream can hit any network or parser error, of any type, at any row
+        raise InputError(f"{dataset} cannot be read after row {number}: {first_line(error)}") from error
+
+
+# ---------------------------------------------------------------- one reader per file type
+
+
+def _file_rows(files: list[Path]) -> Iterator[LocatedRow]:
+    return chain.from_iterable(READERS[path.suffix.lower()](path) for path in files)
 
 
 def _read_jsonl(path: Path) -> Iterator[LocatedRow]:
     with _open(path) as file:
         for number, line in enumerate(_decoded_lines(file, path), start=1):
             if line.strip():
-                where = f"{path} line {number}"
-                yield where, _json_object(line, where)
+                location = f"{path} line {number}"
+                yield location, _parse_object(line, location)
 
 
 def _read_json(path: Path) -> Iterator[LocatedRow]:
-    """A list of objects, an object that holds such a list under "data", or json lines."""
+    """A list of objects, an object with such a list under "data", or JSON lines in a .json file."""
     with _open(path) as file:
         text = "".join(_decoded_lines(file, path))
     if not text.strip():
@@ -164,8 +178,8 @@ def _read_json(path: Path) -> Iterator[LocatedRow]:
     try:
         content = json.loads(text, strict=False)
     except (ValueError, RecursionError) as error:
-        start = text.lstrip().splitlines()[0]
-        if start.startswith("{") and start.rstrip().endswith("}"):  # json lines under another name
+        first = text.lstrip().splitlines()[0].rstrip()
+        if first.startswith("{") and first.endswith("}"):  # JSON lines
             yield from _read_jsonl(path)
             return
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
@@ -175,28 +189,26 @@ def _read_json(path: Path) -> Iterator[LocatedRow]:
     if not isinstance(content, list):
         raise InputError(f"{path} is not a list of objects")
     for number, row in enumerate(content, start=1):
-        where = f"{path} row {number}"
-        yield where, _check_object(row, where)
+        location = f"{path} row {number}"
+        yield location, _checked_object(row, location)
 
 
 def _read_csv(path: Path) -> Iterator[LocatedRow]:
     csv.field_size_limit(sys.maxsize)
-    number = 0
-
-    def lines():
-        nonlocal number
-        for line in _decoded_lines(file, path):
-            number += 1
-            yield line
-
     with _open(path) as file:
+        lines = _decoded_lines(file, path)
+        # Blank lines above the header are skipped, but count in the locations.
+        skipped, header = next(((n, line) for n, line in enumerate(lines) if not line.isspace()), (0, ""))
+        rows = csv.DictReader(chain([header], lines), strict=True)
         try:
-            for row in csv.DictReader(dropwhile(str.isspace, lines()), strict=True):
+            for row in rows:
+                location = f"{path} line {skipped + rows.reader.line_num}"
                 if None in row:
-                    raise InputError(f"{path} line {number} has more fields than the header has columns")
-                yield f"{path} line {number}", row
+                    raise InputError(f"{location} has more fields than the header has columns")
+                yield location, row
         except csv.Error as error:
-            raise InputError(f"{path} line {number} is not valid CSV: {error}") from error
+            line = skipped + rows.reader.line_num
+            raise InputError(f"{path} line {line} is not valid CSV: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[LocatedRow]:
@@ -236,7 +248,7 @@ def _open(path: Path):
 
 
 def _decoded_lines(file, path: Path) -> Iterator[str]:
-    """Lines of a binary file as text, without a byte-order mark; raises InputError for one not UTF-8."""
+    """Lines of a binary file as text, without a byte-order mark. Raises InputError where it is not UTF-8."""
     for number, line in enumerate(file, start=1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -246,21 +258,21 @@ def _decoded_lines(file, path: Path) -> Iterator[str]:
             ) from error
 
 
-def _json_object(text: str, where: str) -> dict:
+def _parse_object(text: str, location: str) -> dict:
     try:
-        row = json.loads(text, strict=False)  # strict would refuse control characters such as NUL
-    except (ValueError, RecursionError) as error:  # also for endless numbers and nesting
-        raise InputError(f"{where} is not valid JSON: {error}") from error
-    return _check_object(row, where)
+        row = json.loads(text, strict=False)  # strict rejects control characters such as NUL
+    except (ValueError, RecursionError) as error:  # ValueError also for huge numbers
+        raise InputError(f"{location} is not valid JSON: {error}") from error
+    return _checked_object(row, location)
 
 
-def _check_object(row, where: str) -> dict:
+def _checked_object(row, location: str) -> dict:
     if not isinstance(row, dict):
-        raise InputError(f"{where} is not a JSON object with named columns")
+        raise InputError(f"{location} is not a JSON object with named columns")
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where} holds a lone surrogate (half of a character, \\ud800 to \\udfff)"
+            f"{location} contains a lone surrogate (half of a character, \\ud800 to \\udfff)"
         ) from error
     return row

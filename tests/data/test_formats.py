@@ -1,4 +1,4 @@
-"""Masks, BOS, EOS and prompts of every format; expected rows are cut by hand, labelled by character."""
+"""Masks, BOS, EOS and prompts of every format. Expected masks are written by hand, character by character."""
 
 import pytest
 from tokenizers import processors
@@ -22,13 +22,13 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LLAMA2_CHAT = (  # a BOS and an EOS round every turn, and a refusal, as in Llama-2-7b-chat-hf
+LLAMA2_CHAT = (  # BOS and EOS around every turn, and an error for other roles, as in Llama-2-7b-chat-hf
     "{% for m in messages %}"
     "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('Only user and assistant!') }}{% endif %}{% endfor %}"
 )
-FORGETFUL = (  # drops the reasoning of all turns but the last, as Qwen3's does
+FORGETFUL = (  # drops the reasoning of earlier turns, as Qwen3's does
     "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\n"
     "{% else %}A: {{ m['content'] if loop.last else m['content'].split('#')[-1] }}{{ eos_token }}\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
@@ -59,18 +59,18 @@ def use_template(tokenizer, template):
 
 
 def without_automatic_bos(tokenizer):
-    """As GPT-2's and Qwen's: there is a BOS token, but the tokenizer puts none in front."""
+    """As with GPT-2 and Qwen: there is a BOS token, but the tokenizer does not add it."""
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
 
 
-def cut_by_hand(tokenizer, parts):
-    """(ids, labels) of a row tokenized in one go; parts are (text, trained) with BOS and EOS spelled out."""
+def masked_by_hand(tokenizer, parts):
+    """(ids, labels) of a row tokenized in one go. Parts are (text, trained), with BOS and EOS spelled out."""
     trained = [flag for text, flag in parts for _ in text]
     text = "".join(text for text, _ in parts)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = []
     for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-        assert len(set(trained[start:end])) <= 1, "a token of this example straddles a boundary of its parts"
+        assert len(set(trained[start:end])) <= 1, "a token of this example crosses a boundary of its parts"
         labels.append(token_id if trained[start] else IGNORE_INDEX)
     return encoded["input_ids"], labels
 
@@ -92,7 +92,7 @@ def prompt_ids(tokenizer, segments, row_format):
     return encode(segments, starts_with_bos(row_format, tokenizer), tokenizer)[0]
 
 
-# name: (chat template, row, format that is detected, parts)
+# name: (chat template, row, detected format, parts)
 ROWS = {
     "text": (None, {"text": "A red leaf."}, "text", [("<s>", 0), ("A red leaf.</s>", 1)]),
     "text that ends in EOS": (
@@ -175,26 +175,30 @@ EXAMPLES = pytest.mark.parametrize("template, row, row_format, parts", ROWS.valu
 
 
 @EXAMPLES
-def test_the_answers_and_their_eos_are_trained_and_nothing_else(tokenizer, template, row, row_format, parts):
+def test_only_the_answers_and_their_eos_are_trained(tokenizer, template, row, row_format, parts):
     use_template(tokenizer, template)
-    expected = cut_by_hand(tokenizer, parts)
+    expected = masked_by_hand(tokenizer, parts)
     assert tokenize(tokenizer, row) == (row_format, *expected)
 
 
 @EXAMPLES
-def test_a_forced_format_gives_the_detected_row(tokenizer, template, row, row_format, parts):
+def test_a_format_that_is_given_makes_the_same_row_as_one_that_is_detected(
+    tokenizer, template, row, row_format, parts
+):
     use_template(tokenizer, template)
     assert tokenize(tokenizer, row, row_format) == tokenize(tokenizer, row)
 
 
 @EXAMPLES
-def test_the_loss_on_everything_leaves_only_the_first_token_out(tokenizer, template, row, row_format, parts):
+def test_without_completion_only_loss_all_but_the_first_token_is_trained(
+    tokenizer, template, row, row_format, parts
+):
     use_template(tokenizer, template)
     _, ids, _ = tokenize(tokenizer, row)
     assert tokenize(tokenizer, row, completion_only_loss=False) == (row_format, ids, [IGNORE_INDEX, *ids[1:]])
 
 
-def test_the_first_token_is_no_target_where_there_is_no_bos(tokenizer):
+def test_the_first_token_is_not_a_target_if_there_is_no_bos(tokenizer):
     without_automatic_bos(tokenizer)
     _, ids, labels = tokenize(tokenizer, {"text": "What is it?"})
     assert ids == [*tokenizer("What is it?", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -204,10 +208,10 @@ def test_the_first_token_is_no_target_where_there_is_no_bos(tokenizer):
 def test_text_is_read_from_the_named_column(tokenizer):
     row = {"text": "no", "body": "### Human: What?### Assistant: A leaf."}
     parts = [("<s>### Human: What?### Assistant:", 0), (" A leaf.</s>", 1)]
-    assert tokenize(tokenizer, row, text_field="body") == ("guanaco", *cut_by_hand(tokenizer, parts))
+    assert tokenize(tokenizer, row, text_field="body") == ("guanaco", *masked_by_hand(tokenizer, parts))
 
 
-def test_llama2_marks_become_the_tokenizers_own_bos_and_eos(tokenizer):
+def test_llama2_markers_become_the_bos_and_eos_of_the_tokenizer(tokenizer):
     tokenizer.add_special_tokens({"bos_token": "<|begin|>", "eos_token": "<|end|>"})
     without_automatic_bos(tokenizer)
     row = {"text": "<s>[INST] What? [/INST] A leaf. </s><s>[INST] Sure? [/INST] Yes. </s>"}
@@ -217,15 +221,15 @@ def test_llama2_marks_become_the_tokenizers_own_bos_and_eos(tokenizer):
         ("<|begin|>[INST] Sure? [/INST]", 0),
         (" Yes. <|end|>", 1),
     ]
-    assert tokenize(tokenizer, row) == ("llama2", *cut_by_hand(tokenizer, parts))
+    assert tokenize(tokenizer, row) == ("llama2", *masked_by_hand(tokenizer, parts))
 
 
-def test_a_trailing_question_does_not_lose_the_answer_before_it(tokenizer):
-    """Also where the template writes that answer differently once a question follows."""
+def test_a_question_at_the_end_is_left_out_and_the_answer_before_it_trained(tokenizer):
+    """Even if the template writes that answer differently once a question follows."""
     use_template(tokenizer, FORGETFUL)
     parts = [("Q: What?\nA:", 0), (" think#A leaf.</s>", 1)]
     row = {"messages": turns("What?", "think#A leaf.", "Sure?")}
-    assert tokenize(tokenizer, row) == ("messages", *cut_by_hand(tokenizer, parts))
+    assert tokenize(tokenizer, row) == ("messages", *masked_by_hand(tokenizer, parts))
 
 
 # ---------------------------------------------------------------- BOS and EOS
@@ -235,7 +239,7 @@ def test_a_trailing_question_does_not_lose_the_answer_before_it(tokenizer):
 def test_one_bos_in_front_and_one_eos_at_the_end(tokenizer, template, row, row_format, parts):
     use_template(tokenizer, template)
     _, ids, labels = tokenize(tokenizer, row)
-    has_bos = template not in (CHATML, FORGETFUL)  # these spell out none
+    has_bos = template not in (CHATML, FORGETFUL)  # these write none
     assert (ids[0] == tokenizer.bos_token_id) is has_bos and ids[1] != tokenizer.bos_token_id
     assert ids[-1] == labels[-1] == tokenizer.eos_token_id and ids[-2] != tokenizer.eos_token_id
 
@@ -251,19 +255,19 @@ def test_one_bos_in_front_and_one_eos_at_the_end(tokenizer, template, row, row_f
         "<s>What is it?</s>",
     ],
 )
-def test_a_bos_that_stands_in_the_text_is_not_doubled(tokenizer, text):
+def test_a_bos_in_the_text_is_not_doubled(tokenizer, text):
     _, ids, _ = tokenize(tokenizer, {"text": text})
     words = tokenizer("What is it?", add_special_tokens=False)["input_ids"]
     assert ids == [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
 
 
-def test_a_bos_in_the_text_counts_where_the_tokenizer_adds_none(tokenizer):
+def test_a_bos_in_the_text_counts_if_the_tokenizer_adds_none(tokenizer):
     without_automatic_bos(tokenizer)
     _, ids, _ = tokenize(tokenizer, {"text": "<s>What is it?"})
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_eos_is_a_target_of_every_row_also_where_it_is_the_pad_token(tokenizer):
+def test_eos_is_a_target_of_every_row_even_if_it_is_the_pad_token(tokenizer):
     tokenizer.pad_token = tokenizer.eos_token
     rows = tokenize_rows([("line", {"text": text}) for text in ("What?", "What is it? A leaf.")], tokenizer)
     batch = collate([[rows[0]], [rows[1]]], tokenizer.pad_token_id)
@@ -273,7 +277,7 @@ def test_eos_is_a_target_of_every_row_also_where_it_is_the_pad_token(tokenizer):
 
 
 @pytest.mark.parametrize("fmt, with_bos", [("text", True), ("alpaca", True), ("messages", False)])
-def test_bos_is_automatic_except_where_a_chat_template_decides(tokenizer, fmt, with_bos):
+def test_bos_is_added_unless_a_chat_template_decides(tokenizer, fmt, with_bos):
     assert starts_with_bos(fmt, tokenizer) is with_bos
     without_automatic_bos(tokenizer)
     assert starts_with_bos(fmt, tokenizer) is False
@@ -344,7 +348,7 @@ def test_a_bare_prompt_is_wrapped_in_the_format(tokenizer, row_format, wrapped):
 
 
 @pytest.mark.parametrize("answered", [("A leaf.",), ("A leaf.", "A red leaf.")])
-def test_only_answers_at_the_end_are_left_out_of_a_prompt(tokenizer, answered):
+def test_only_the_answers_at_the_end_are_left_out_of_a_prompt(tokenizer, answered):
     use_template(tokenizer, CHATML)
     question = turns("What?", "A leaf.", "Sure?")
     row = {"messages": question + [{"role": "assistant", "content": content} for content in answered]}
@@ -360,7 +364,7 @@ def test_an_alpaca_chat_asks_the_last_question_only(tokenizer):
 
 
 @pytest.mark.parametrize("messages", [[], turns("What?", "A leaf.")[1:]])
-def test_messages_without_a_question_are_refused_not_crashed_on(tokenizer, messages):
+def test_messages_without_a_question_are_dropped(tokenizer, messages):
     use_template(tokenizer, CHATML)
     with pytest.raises(DropRow):
         encode(prompt_segments({"messages": messages}, "messages", "text", tokenizer), False, tokenizer)
@@ -391,7 +395,7 @@ def test_the_ids_of_a_prompt_do_not_depend_on_the_answer(tokenizer, prompt, answ
 
 @PAIRS
 def test_a_row_decodes_to_its_own_text(tokenizer, prompt, answer):
-    """No space creeps in between prompt and answer, even where the two could share a token."""
+    """There is no extra space between prompt and answer, even if the two could share a token."""
     ids, _ = encode([(prompt, False), (answer, True)], True, tokenizer)
     assert tokenizer.decode(ids[1:]) == prompt + answer
 
@@ -435,18 +439,18 @@ GUANACO, LLAMA2, PLAIN = "### Human: a### Assistant: b", "<s>[INST] a [/INST] b 
         ([{}], None),
     ],
 )
-def test_the_format_is_recognised_from_the_columns(rows, row_format):
+def test_the_format_is_recognized_by_the_columns(rows, row_format):
     assert detect_format(rows, "text") == row_format
 
 
-def test_the_format_of_text_is_looked_for_in_the_named_column():
+def test_the_format_of_text_is_detected_in_the_named_column():
     assert detect_format([{"body": GUANACO, "text": PLAIN}], "body") == "guanaco"
 
 
-def test_a_forced_format_overrules_detection(tokenizer):
+def test_a_format_that_is_given_overrides_detection(tokenizer):
     row = {"text": "### Human: What?### Assistant: A leaf.", "prompt": "What?", "completion": " A leaf."}
     parts = [("<s>", 0), (row["text"] + "</s>", 1)]
-    assert tokenize(tokenizer, row, "text") == ("text", *cut_by_hand(tokenizer, parts))
+    assert tokenize(tokenizer, row, "text") == ("text", *masked_by_hand(tokenizer, parts))
 
 
 @pytest.mark.parametrize(
@@ -460,13 +464,13 @@ def test_a_forced_format_overrules_detection(tokenizer):
         ("messages", "messages"),
     ],
 )
-def test_a_forced_format_without_its_columns_is_an_error_that_lists_them(tokenizer, row_format, missing):
+def test_a_given_format_without_its_columns_is_an_error_that_lists_them(tokenizer, row_format, missing):
     with pytest.raises(InputError, match=r"\['output', 'prompt'\]") as error:
         tokenize(tokenizer, {"prompt": "a", "output": "b"}, row_format)
     assert repr(missing) in str(error.value) or row_format == "messages"
 
 
-# ---------------------------------------------------------------- rows that cannot be used
+# ---------------------------------------------------------------- unusable rows
 
 
 @pytest.mark.parametrize(
@@ -509,14 +513,14 @@ def test_an_unusable_row_is_dropped_for_its_reason(tokenizer, row, row_format, r
 
 
 @pytest.mark.parametrize("role", ["gpt", "chatgpt", "bing", "bard", "model", "assistant"])
-def test_the_answers_of_every_assistant_are_trained(role, tokenizer):
+def test_answers_are_trained_under_every_name_for_the_assistant(role, tokenizer):
     tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
     row = {"conversations": [{"from": "human", "value": "Red?"}, {"from": role, "value": "A leaf."}]}
     segments = row_segments(row, "messages", "text", tokenizer)
     assert "".join(text for text, trained in segments if trained).strip().startswith("A leaf.")
 
 
-def test_a_role_that_the_plain_chat_template_does_not_know_drops_the_row(tokenizer):
+def test_a_role_unknown_to_the_fallback_template_drops_the_row(tokenizer):
     tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
     turns = [("user", "Red?"), ("tool", "42"), ("assistant", "A leaf.")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}

@@ -1,15 +1,13 @@
-"""Packing: every row in exactly one pack, packs nearly full, positions restart with every row."""
+"""Packing: every row in exactly one pack, packs nearly full, no pack with too many tokens or rows."""
 
 import numpy as np
 import pytest
-import torch
 
-from qlora.data.batch import collate
 from qlora.data.packing import most_rows_in_a_pack, pack_rows
 
 
 def real_lengths(number: int) -> np.ndarray:
-    """Lengths as instruction data has them: mean 170, a tail up to 512."""
+    """Lengths like those of instruction data: mean 170, a tail up to 512."""
     return np.random.default_rng(0).lognormal(4.9, 0.7, number).clip(12, 512).astype(int)
 
 
@@ -43,21 +41,3 @@ def test_a_pack_of_many_short_rows_is_full():
 def test_a_row_longer_than_a_pack_is_an_error():
     with pytest.raises(ValueError, match="a row of 11 tokens does not fit a pack of 10"):
         pack_rows(np.arange(2), np.array([3, 11]), 10, 9, np.random.default_rng(0))
-
-
-def test_positions_start_again_with_every_row_and_with_the_padding():
-    rows = [(torch.arange(3, 3 + length), torch.arange(3, 3 + length)) for length in (3, 2, 6)]
-    batch = collate([[rows[0], rows[1]], [rows[2]]], pad_id=0, pack_length=7)  # padded to 8
-    assert batch["input_ids"].tolist() == [[3, 4, 5, 3, 4, 0, 0, 0], [3, 4, 5, 6, 7, 8, 0, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]]
-    assert batch["seq_starts"].tolist() == [0, 3, 5, 8, 14, 16]
-    filled = collate([[rows[0], rows[1]], [rows[2]]], pad_id=0, pack_length=7, starts=8)
-    assert filled["seq_starts"].tolist() == [0, 3, 5, 8, 14, 16, 16, 16]
-
-
-def test_packs_of_one_row_need_nothing_to_keep_rows_apart():
-    row = (torch.ones(8), torch.ones(8))
-    single = collate([[row], []], pad_id=0, pack_length=8)
-    assert "seq_starts" not in single
-    assert single["position_ids"].tolist() == [list(range(8))] * 2
-    assert collate([[row]], pad_id=0, pack_length=8, starts=4)["seq_starts"].tolist() == [0, 8, 8, 8]

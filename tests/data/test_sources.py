@@ -1,4 +1,4 @@
-"""Reading: every kind of file, broken and odd ones, folders, and slices against `datasets`."""
+"""Reading rows: every type of file, broken and unusual ones, folders, slices as `datasets` makes them."""
 
 import json
 
@@ -31,7 +31,7 @@ def write_parquet(path, rows):
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
 
 
-# ---------------------------------------------------------------- bad input: an error that says where
+# ---------------------------------------------------------------- bad input: errors with the location
 
 
 GOOD = b'{"text": "a"}\n'
@@ -46,21 +46,21 @@ BROKEN_FILES = {
     "NULs from a lost write": ("r.jsonl", GOOD + b"\0\0\0\0\n", "line 2 is not valid JSON"),
     "not UTF-8": ("r.jsonl", GOOD + b'{"text": "caf\xe9"}\n', r"line 2 is not UTF-8 \(byte 14\)"),
     "UTF-16": ("r.jsonl", GOOD.decode().encode("utf-16"), "line 1 is not UTF-8"),
-    "lone surrogate": ("r.jsonl", GOOD + b'{"text": "\\ud800"}\n', "line 2 holds a lone surrogate"),
-    "lone surrogate in depth": ("r.jsonl", b'{"a": [{"b": "\\udfff"}]}\n', "line 1 holds a lone surrogate"),
-    "endless number": ("r.jsonl", GOOD + b'{"text": ' + b"1" * 5000 + b"}\n", "line 2"),
-    "endless nesting": ("r.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2"),
+    "lone surrogate": ("r.jsonl", GOOD + b'{"text": "\\ud800"}\n', "line 2 contains a lone surrogate"),
+    "nested lone surrogate": ("r.jsonl", b'{"a": [{"b": "\\udfff"}]}\n', "line 1 contains a lone surrogate"),
+    "huge number": ("r.jsonl", GOOD + b'{"text": ' + b"1" * 5000 + b"}\n", "line 2"),
+    "deep nesting": ("r.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2"),
     "empty json": ("r.json", b"", "no rows"),
     "empty json list": ("r.json", b"[]", "no rows"),
     "json list cut": ("r.json", b'[\n{"text": "a"},\n{"text": "b"\n', "line 4 is not valid JSON"),
     "json text": ("r.json", b'"a"', "not a list of objects"),
     "json list of texts": ("r.json", b'[{"text": "a"}, "b"]', "row 2 is not a JSON object"),
-    "json lone surrogate": ("r.json", b'[{"a": "a"}, {"a": "\\ud800"}]', "row 2 holds a lone surrogate"),
+    "json lone surrogate": ("r.json", b'[{"a": "a"}, {"a": "\\ud800"}]', "row 2 contains a lone surrogate"),
     "json not UTF-8": ("r.json", b'[\n{"text": "a"},\n{"text": "\xff"}]', "line 3 is not UTF-8"),
     "json lines under json, cut": ("r.json", GOOD + b'{"text": "b', "line 2 is not valid JSON"),
     "empty csv": ("r.csv", b"", "no rows"),
     "csv header only": ("r.csv", b"text\r\n", "no rows"),
-    "csv field too many": ("r.csv", b"text\na\nb,c\n", "line 3 has more fields"),
+    "csv with a field too many": ("r.csv", b"text\na\nb,c\n", "line 3 has more fields"),
     "csv open quote": ("r.csv", b'text\na\nb\n"c\nd\n', "line [45] is not valid CSV"),
     "csv stray quote": ("r.csv", b'text\na\n"b"c\nd\n', "line 3 is not valid CSV"),
     "csv not UTF-8": ("r.csv", b"text\na\n\xff\n", "line 3 is not UTF-8"),
@@ -74,7 +74,7 @@ BROKEN_FILES = {
 
 
 @pytest.mark.parametrize("name, content, message", BROKEN_FILES.values(), ids=BROKEN_FILES)
-def test_a_broken_file_is_an_error_that_names_file_and_place(tmp_path, name, content, message):
+def test_a_broken_file_is_an_error_with_its_name_and_the_location(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message) as error:
         read(tmp_path / name)
@@ -102,19 +102,19 @@ def test_an_empty_parquet_table_has_no_rows(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "folder/none.csv", "./none", "~/none"])
-def test_a_missing_file_is_an_error_and_no_hub_id(tmp_path, monkeypatch, name):
+def test_a_missing_file_is_an_error_and_not_taken_for_a_hub_id(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such data file or folder"):
         read(name)
 
 
-def test_a_hub_name_that_cannot_be_loaded_is_one_line(monkeypatch):
-    with pytest.raises(InputError, match="cannot load the data set 'nobody/nothing'") as error:
+def test_a_hub_data_set_that_cannot_be_loaded_is_a_one_line_error(monkeypatch):
+    with pytest.raises(InputError, match="cannot load the dataset 'nobody/nothing'") as error:
         read("nobody/nothing")
     assert len(str(error.value).splitlines()) == 1
 
 
-# ---------------------------------------------------------------- odd input that is fine
+# ---------------------------------------------------------------- unusual but valid input
 
 
 GOOD_FILES = {
@@ -143,13 +143,13 @@ GOOD_FILES = {
 
 
 @pytest.mark.parametrize("name, content, texts", GOOD_FILES.values(), ids=GOOD_FILES)
-def test_odd_but_good_files_are_read(tmp_path, name, content, texts):
+def test_unusual_but_valid_files_are_read(tmp_path, name, content, texts):
     (tmp_path / name).write_bytes(content)
     assert [row["text"] for row in read(tmp_path / name)] == texts
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
+def test_every_type_of_file_gives_the_same_rows(tmp_path, suffix):
     path = tmp_path / f"rows.{suffix}"
     if suffix == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -172,11 +172,11 @@ def test_locations_are_lines_or_rows(tmp_path):
         "r.json": ["row 1", "row 2"],
         "r.csv": ["line 3", "line 5"],
     }.items():
-        found = [where for where, _ in read_rows(str(tmp_path / name), "train")]
-        assert found == [f"{tmp_path / name} {place}" for place in places]
+        locations = [where for where, _ in read_rows(str(tmp_path / name), "train")]
+        assert locations == [f"{tmp_path / name} {place}" for place in places]
 
 
-def test_nul_reaches_the_tokenizer_and_comes_back(tokenizer):
+def test_nul_characters_survive_tokenization(tokenizer):
     rows = tokenize_rows(located({"text": "a\0b"}), tokenizer)
     assert tokenizer.decode(rows[0][0][1:-1]) == "a\0b"
 
@@ -185,7 +185,7 @@ def test_nul_reaches_the_tokenizer_and_comes_back(tokenizer):
 
 
 def make_folder(folder, **texts):
-    """One jsonl file for each name; __ stands for a slash."""
+    """Write one jsonl file for each name; __ stands for a slash."""
     for name, text in texts.items():
         path = folder / (name.replace("__", "/") + ".jsonl")
         path.parent.mkdir(exist_ok=True)
@@ -215,7 +215,7 @@ def make_folder(folder, **texts):
         (["fold1", "fold2"], "fold2", ["fold2"]),
     ],
 )
-def test_a_split_of_a_folder_is_chosen_by_file_names(tmp_path, names, split, chosen):
+def test_a_split_of_a_folder_is_its_files_of_that_name(tmp_path, names, split, chosen):
     make_folder(tmp_path, **{name: name for name in names})
     assert [row["text"] for row in read(tmp_path, split)] == chosen
 
@@ -223,12 +223,12 @@ def test_a_split_of_a_folder_is_chosen_by_file_names(tmp_path, names, split, cho
 @pytest.mark.parametrize(
     "word", ["validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"]
 )
-def test_files_that_datasets_takes_for_test_or_validation_are_not_trained_on(tmp_path, word):
+def test_files_named_after_other_splits_are_not_training_data(tmp_path, word):
     make_folder(tmp_path, rows="training row", **{word: "held-out row"})
     assert read(tmp_path) == [{"text": "training row"}]
 
 
-def test_files_of_other_kinds_and_mixed_kinds_in_a_folder(tmp_path):
+def test_a_folder_may_mix_file_types_and_other_files_are_ignored(tmp_path):
     make_folder(tmp_path, a="a")
     (tmp_path / "b.csv").write_text("text\nb\n")
     (tmp_path / "c.png").write_bytes(b"\x89PNG")
@@ -236,7 +236,7 @@ def test_files_of_other_kinds_and_mixed_kinds_in_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["validation", "train2", "test"])
-def test_a_split_that_a_folder_lacks_is_an_error(tmp_path, split):
+def test_a_split_missing_from_a_folder_is_an_error(tmp_path, split):
     make_folder(tmp_path, train="a")
     with pytest.raises(InputError, match=f"no .* file of split '{split}'"):
         read(tmp_path, split)
@@ -257,17 +257,17 @@ BOUNDS = ["", "0", "3", "50", "-5", "-50", "10%", "33%", "90%", "-10%", "100%"]
 
 
 @pytest.mark.parametrize("number", [1, 7, 10, 25])
-def test_slices_are_those_of_datasets(tmp_path, number):
+def test_slices_are_the_same_as_those_of_datasets(tmp_path, number):
     half = number // 2
     for name, chosen in (("a", range(half)), ("b", range(half, number))):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in chosen))
     for start in BOUNDS:
         for stop in BOUNDS:
             if start and stop and ("%" in start) != ("%" in stop):
-                continue  # datasets takes no mixture
+                continue  # datasets rejects a mixture
             split = f"train[{start}:{stop}]"
-            (wanted,) = datasets.ReadInstruction.from_spec(split).to_absolute({"train": number})
-            expected = [str(i) for i in range(wanted.from_, wanted.to)]
+            (absolute,) = datasets.ReadInstruction.from_spec(split).to_absolute({"train": number})
+            expected = [str(i) for i in range(absolute.from_, absolute.to)]
             if expected:
                 assert [row["text"] for row in read(tmp_path, split)] == expected, split
             else:
@@ -300,7 +300,7 @@ def test_complementary_slices_split_the_rows(tmp_path, percent):
         "train+test",
     ],
 )
-def test_a_split_that_cannot_be_read_is_an_error(tmp_path, split):
+def test_an_invalid_split_is_an_error(tmp_path, split):
     make_folder(tmp_path, train="a")
     with pytest.raises(InputError, match="cannot read the split"):
         read(tmp_path, split)
@@ -319,7 +319,7 @@ def test_a_hub_data_set_can_be_streamed(monkeypatch):
     assert calls == [(("someone/data", "configuration"), {"split": "train", "streaming": True})]
 
 
-def test_trouble_in_the_middle_of_a_stream_is_one_line(monkeypatch):
+def test_an_error_in_the_middle_of_a_stream_is_one_line(monkeypatch):
     def rows():
         yield ROWS[0]
         raise ConnectionError("the network is gone")

@@ -1,162 +1,127 @@
-"""The cache of tokens: found again, never stale, never half, never in the way; and any number of cores."""
+"""Rows to tokens: every row is used, or dropped for a reason that is counted and located."""
 
 import datetime
 import decimal
-import json
-import os
-import time
+from collections import Counter
+from functools import partial
 
-import datasets
+import numpy as np
 import pyarrow.parquet
 import pytest
-import transformers
 
-import qlora.data.tokenize
-from qlora.data.sources import RowSource
-from qlora.data.tokenize import tokenize_rows
+from qlora.data.cache import load_table
+from qlora.data.sources import read_rows
+from qlora.data.tokenize import tokenize_batch, tokenize_rows, tokenize_window, write_tokens
 from qlora.errors import InputError
 from tests.conftest import ROWS
 
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache of the test's own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / "qlora"
+USABLE = {"prompt": "What?", "completion": " A leaf."}
+SETTINGS = {"row_format": "prompt_completion", "text_field": "text", "completion_only_loss": True}
 
 
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {"prompt": "a", "completion": ""}]))
-    return path
+def located(*rows):
+    return [(f"rows line {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def tokenize(data, tokenizer, **options):
-    source = RowSource(str(data))
-    return tokenize_rows(source, tokenizer, name=str(source), content=source.content(), **options)
-
-
-def contents(rows):
+def contents(rows) -> list[tuple]:
     return [(ids.tolist(), labels.tolist()) for ids, labels in rows.fetch(list(range(len(rows))))]
 
 
-def test_a_second_start_tokenizes_nothing(cache, data, tokenizer, monkeypatch):
-    first = tokenize(data, tokenizer)
-    monkeypatch.setattr(qlora.data.tokenize, "_tokenize_batch", pytest.fail)
-    second = tokenize(data, tokenizer)
-    assert contents(second) == contents(first) and len(first) == len(ROWS)
-    assert second.dropped == first.dropped == {"empty response": 1}
-    assert second.first_dropped == {"empty response": f"{data} line 43"}
-    assert len(list(cache.iterdir())) == 1
-
-
-def test_a_copy_of_the_tokenizer_elsewhere_finds_the_same_tokens(
-    cache, data, tokenizer, tmp_path, monkeypatch
-):
-    tokenize(data, tokenizer)
-    tokenizer.save_pretrained(tmp_path / "copy")
-    copy = transformers.AutoTokenizer.from_pretrained(tmp_path / "copy")
-    monkeypatch.setattr(qlora.data.tokenize, "_tokenize_batch", pytest.fail)
-    tokenize(data, copy)
-
-
 @pytest.mark.parametrize(
-    "change",
+    "changed, reason",
     [
-        lambda data, tokenizer: data.write_text(data.read_text().replace("red", "rod")),
-        lambda data, tokenizer: tokenizer.add_tokens(["leaf"]),
-        lambda data, tokenizer: setattr(tokenizer, "eos_token", "<unk>"),
-        lambda data, tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}"),
-        lambda data, tokenizer: {"completion_only_loss": False},
-        lambda data, tokenizer: {"row_format": "text", "text_field": "prompt"},
+        ({"completion": None}, "'completion' is null, not text"),
+        ({"completion": 3}, "'completion' is a number, not text"),
+        ({"completion": 2.5}, "'completion' is a number, not text"),
+        ({"completion": float("nan")}, "'completion' is a number, not text"),
+        ({"completion": True}, "'completion' is a boolean, not text"),
+        ({"completion": ["a"]}, "'completion' is a list, not text"),
+        ({"completion": {"a": 1}}, "'completion' is an object, not text"),
+        ({"prompt": None}, "'prompt' is null, not text"),
+        ({"completion": ""}, "empty response"),
+        ({"completion": " \n"}, "empty response"),
+        ({"completion": ...}, "'completion' is missing"),
+        ({"prompt": ...}, "'prompt' is missing"),
     ],
 )
-def test_a_change_of_data_tokenizer_or_settings_tokenizes_again(cache, data, tokenizer, change):
-    tokenize(data, tokenizer)
-    options = change(data, tokenizer)
-    tokenize(data, tokenizer, **(options if isinstance(options, dict) else {}))
-    assert len(list(cache.iterdir())) == 2
+def test_a_bad_row_is_dropped_counted_and_located(tokenizer, changed, reason):
+    bad = {key: value for key, value in {**USABLE, **changed}.items() if value is not ...}
+    rows = tokenize_rows(located(USABLE, bad, USABLE, bad), tokenizer)
+    assert (rows.rows_read, len(rows), rows.dropped) == (4, 2, Counter({reason: 2}))
+    assert rows.first_dropped == {reason: "rows line 2"}
+    assert f"4 rows read = 2 used + 2 dropped (2 {reason}, first: rows line 2)" in rows.describe()
 
 
-def test_a_change_of_the_code_that_makes_tokens_tokenizes_again(
-    cache, data, tokenizer, tmp_path, monkeypatch
-):
-    tokenize(data, tokenizer)
-    (tmp_path / "formats.py").write_text("# another template")
-    monkeypatch.setattr(qlora.data.tokenize.formats, "__file__", str(tmp_path / "formats.py"))
-    tokenize(data, tokenizer)
-    assert len(list(cache.iterdir())) == 2
+@pytest.mark.parametrize("text, reason", [("?", "one token"), ("", "empty text"), (" ", "empty text")])
+def test_a_text_row_that_teaches_nothing_is_dropped(tokenizer, text, reason):
+    tokenizer.backend_tokenizer.normalizer = None  # it would put a space in front: two tokens
+    rows = tokenize_rows(located({"text": text}, {"text": "is it"}), tokenizer)
+    assert (rows.rows_read, len(rows), rows.dropped) == (2, 1, Counter({reason: 1}))
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(cache, data, tokenizer, capsys):
-    cache.parent.write_text("a file where the folder should be")
-    assert len(tokenize(data, tokenizer)) == len(ROWS)
-    assert "Tokens are not cached" in capsys.readouterr().out
+@pytest.mark.parametrize("rows", [[{"text": None}], [{"text": ""}] * 3, [{"prompt": "a", "completion": ""}]])
+def test_the_reasons_are_kept_if_no_row_is_usable(tokenizer, rows):
+    result = tokenize_rows(located(*rows), tokenizer)
+    assert len(result) == 0 and result.dropped.total() == len(rows)
+    assert result.describe_drops().endswith("first: rows line 1")
 
 
-def test_a_file_that_cannot_be_read_leaves_nothing_in_the_cache(cache, data, tokenizer):
-    with open(data, "a") as file:
-        file.write("{")
-    with pytest.raises(InputError, match="line 44 is not valid JSON"):
-        tokenize(data, tokenizer)
-    assert not list(cache.rglob("*"))
+def test_a_column_that_no_row_has_is_an_error_that_lists_the_columns(tokenizer):
+    with pytest.raises(InputError, match=r"\['answer', 'question'\].*'text'"):
+        tokenize_rows(located({"question": "a"}, {"answer": "b"}), tokenizer)
+    with pytest.raises(InputError, match=r"no column 'body'.*\['text'\]"):
+        tokenize_rows(located({"text": "a"}), tokenizer, "text", text_field="body")
 
 
-def test_several_processes_give_what_one_gives(cache, data, tokenizer, monkeypatch):
-    one = tokenize(data, tokenizer)
-    monkeypatch.setattr(qlora.data.tokenize, "ROWS_PER_PROCESS", 10)
-    monkeypatch.setattr(qlora.data.tokenize, "SLICE_ROWS", 35)  # 35 rows in three processes, 8 in one
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
-    data.rename(data.with_name("again.jsonl"))
-    several = tokenize(data.with_name("again.jsonl"), tokenizer)
-    assert contents(several) == contents(one) and several.dropped == one.dropped
-    assert len(list(cache.rglob("*.arrow"))) == 1 + 3 + 1
+def test_a_tokenizer_without_eos_is_refused(tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="no end-of-sequence token"):
+        tokenize_rows(located({"text": "What is it?"}), tokenizer)
 
 
-@pytest.mark.parametrize("damage", ["lost", "emptied", "no sizes", "all lost"])
-def test_a_damaged_cache_is_tokenized_again(cache, data, tokenizer, damage):
-    want = contents(tokenize(data, tokenizer))
-    (part,) = cache.glob("*/*.arrow")
-    if damage == "emptied":
-        part.write_bytes(b"")
-    for path in {
-        "lost": [part],
-        "no sizes": [part.with_name("sizes.json")],
-        "all lost": part.parent.iterdir(),
-    }.get(damage, []):
-        path.unlink()
-    assert contents(tokenize(data, tokenizer)) == want
+def test_rows_read_are_rows_used_plus_rows_dropped(tokenizer):
+    """400 rows of random kinds, more than the sample that decides the format; each reason is counted."""
+    kinds = {
+        None: USABLE,
+        "empty response": {**USABLE, "completion": ""},
+        "'completion' is missing": {"prompt": "a"},
+        "prompt fills --max_length": {"prompt": "What? " * 40, "completion": "a"},
+    }
+    chosen = [None, *np.random.default_rng(0).choice(list(kinds), size=400)]
+    rows = tokenize_rows(located(*(kinds[kind] for kind in chosen)), tokenizer).cut(32)
+    expected = Counter(chosen)
+    assert len(rows) == expected.pop(None)
+    assert rows.dropped == expected
+    assert rows.rows_read == len(chosen) == len(rows) + rows.dropped.total()
 
 
-def test_what_kills_left_behind_is_swept(cache, data, tokenizer):
-    for name, age in (("unfinished-old", 100_000), ("unfinished-of-another-run", 10)):
-        (cache / name).mkdir(parents=True)
-        os.utime(cache / name, (time.time() - age, time.time() - age))
-    tokenize(data, tokenizer)
-    assert not (cache / "unfinished-old").exists() and (cache / "unfinished-of-another-run").exists()
-
-
-def test_what_is_no_text_is_never_trained_as_text(cache, tmp_path, tokenizer):
-    """Bytes and dates of a parquet file, which JSON does not know."""
+def test_values_that_are_not_text_are_never_trained_as_text(tmp_path, tokenizer):
+    """Bytes, dates and decimals in a parquet file: JSON, which rows pass through, has none of them."""
     path = tmp_path / "rows.parquet"
-    values = [b"A leaf.", datetime.date(2020, 1, 1), decimal.Decimal("1.5")]
-    for value in values:
+    for value in [b"A leaf.", datetime.date(2020, 1, 1), decimal.Decimal("1.5")]:
         rows = [{"prompt": "What?", "completion": value}]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        assert tokenize(path, tokenizer).dropped == {"'completion' is an object, not text": 1}
+        result = tokenize_rows(read_rows(str(path), "train"), tokenizer)
+        assert result.dropped == {"'completion' is an object, not text": 1}
 
 
-def test_a_template_that_writes_the_date_is_not_cached_beyond_it(cache, tmp_path, tokenizer, monkeypatch):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "A leaf."}]}))
-    tokenizer.chat_template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenize(path, tokenizer)
-    monkeypatch.setattr(time, "strftime", lambda _: "another day")
-    tokenize(path, tokenizer)
-    assert len(list(cache.iterdir())) == 2
+def test_a_window_is_tokenized_as_the_whole_data_is(tokenizer):
+    rows = located(*ROWS, {**USABLE, "completion": ""})
+    whole = tokenize_rows(rows, tokenizer)
+    window = tokenize_window(rows[10:], tokenizer, **SETTINGS)
+    assert contents(window) == contents(whole)[10:] and window.dropped == whole.dropped
 
 
-def test_without_a_cache_tokens_stay_in_memory(cache, tokenizer):
-    located = [(f"line {number}", row) for number, row in enumerate(ROWS)]
-    assert len(tokenize_rows(located, tokenizer)) == len(ROWS) and not cache.exists()
+def test_several_processes_make_the_tokens_that_one_makes(tokenizer, tmp_path):
+    """43 rows in slices of 35 rows in three processes and 8 in one."""
+    rows = located(*ROWS, {**USABLE, "completion": ""})
+    for name, options in {
+        "one": {},
+        "several": {"slice_rows": 35, "rows_per_process": 10, "cores": 3},
+    }.items():
+        (tmp_path / name).mkdir()
+        tokenize = partial(tokenize_batch, tokenizer=tokenizer, **SETTINGS)
+        write_tokens(rows, tokenize, tmp_path / name, tmp_path / f"{name}-scratch", **options)
+    assert len(list((tmp_path / "one").glob("*.arrow"))) == 1
+    assert len(list((tmp_path / "several").glob("*.arrow"))) == 3 + 1
+    assert load_table(tmp_path / "several").to_list() == load_table(tmp_path / "one").to_list()
