@@ -1,4 +1,4 @@
-"""The frozen 4-bit base, its tokenizer, and what makes it ready for training."""
+"""The frozen 4-bit base and its tokenizer."""
 
 import bitsandbytes as bnb
 import torch
@@ -6,18 +6,23 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from qlora.errors import InputError, first_line
-from qlora.model.adapter import adapter_file
+from qlora.model.adapter import adapter_file, check_adapter
 
 
 def load_config(model: str, trust_remote_code: bool = False):
-    """The model's configuration; raises InputError with what to do if it is not to be had."""
+    """The model's configuration; raises InputError, with a remedy, if it cannot be loaded."""
     return _from_hub(AutoConfig, model, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(model: str, adapter: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer kept beside the adapter, else the model's; no token is added, no pad token needed."""
-    is_kept = adapter is not None and adapter_file(adapter, "tokenizer_config.json") is not None
-    return _from_hub(AutoTokenizer, adapter if is_kept else model, trust_remote_code=trust_remote_code)
+    """The tokenizer saved with the adapter, else the model's. No token is added; no pad token is needed.
+
+    Raises InputError if either cannot be loaded.
+    """
+    if adapter is not None:
+        check_adapter(adapter)
+    has_own = adapter is not None and adapter_file(adapter, "tokenizer_config.json") is not None
+    return _from_hub(AutoTokenizer, adapter if has_own else model, trust_remote_code=trust_remote_code)
 
 
 def load_base(
@@ -29,10 +34,9 @@ def load_base(
     double_quant: bool = True,
     trust_remote_code: bool = False,
 ):
-    """Load a causal LM onto `device`, its linear layers quantized to 4 bits on the way (the output head is
-    not).
+    """Load a causal LM onto `device`; its linear layers except the output head are quantized on the way.
 
-    A checkpoint that is already 4-bit is loaded as it is. Unquantized weights get `dtype`. Raises InputError.
+    A 4-bit checkpoint is loaded as it is. Unquantized weights get `dtype`. Raises InputError.
     """
     stored = getattr(load_config(model, trust_remote_code), "quantization_config", None)
     options = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": trust_remote_code}
@@ -41,8 +45,8 @@ def load_base(
         is_4bit = stored.get("load_in_4bit") if isinstance(stored, dict) else stored.load_in_4bit
         if method != "bitsandbytes" or not is_4bit:
             raise InputError(
-                f"{model} is already quantized with {method}: give the original model, or one "
-                "quantized to 4 bits with bitsandbytes"
+                f"{model} is already quantized with {method}: give the original model, or one quantized to "
+                "4 bits with bitsandbytes"
             )
         if not load_in_4bit:
             raise InputError(f"{model} is already 4-bit: --no_load_in_4bit needs the original model")
@@ -56,32 +60,23 @@ def load_base(
     base = _from_hub(AutoModelForCausalLM, model, use_safetensors=True, **options)  # pickles can run code
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = dtype  # a 4-bit checkpoint stores its own
-            module.compute_type_is_set = True  # else bitsandbytes would guess it anew from the first input
-            # On CPUs with AVX512-BF16 a forward in eval mode repacks the weights for inference, after which
-            # no gradient reaches the adapter: one evaluation would silently end the training (bitsandbytes
-            # 0.50).
+            module.compute_dtype = dtype  # a 4-bit checkpoint brings its own
+            module.compute_type_is_set = True  # else bitsandbytes would derive it from the first input
+            # On CPUs with AVX512-BF16, a forward pass in eval mode repacks the weights for inference. No
+            # gradient reaches the adapter after that: one evaluation would silently end the training
+            # (bitsandbytes 0.50).
             module.support_avx512bf16_for_cpu = False
     base.config.use_cache = False
-    # Sampling is what generate.py's flags say: transformers would fill in the model's own temperature, beams
-    # and penalties behind them. Only the tokens that end an answer are kept.
+    # Sampling follows generate.py's flags. transformers would silently add the model's own temperature, beams
+    # and penalties. Keep only the tokens that end an answer.
     base.generation_config = GenerationConfig(eos_token_id=base.generation_config.eos_token_id)
     return base
-
-
-def check_gradients(trainable: list[tuple[str, torch.nn.Parameter]]) -> None:
-    """Raise InputError if the backward pass missed a trained weight: it would silently stay as it is."""
-    for name, parameter in trainable:
-        if parameter.grad is None:
-            raise InputError(
-                f"the trainable weight {name} got no gradient in the first step: is its layer ever used?"
-            )
 
 
 def trainable_weights(model) -> list[tuple[str, torch.nn.Parameter]]:
     """The trained (name, parameter) pairs, in the model's order.
 
-    Raises InputError if one is not float32: float16 ones cannot be unscaled.
+    Raises InputError if one is not float32: GradScaler cannot unscale float16 gradients.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name, parameter in trainable:
@@ -104,7 +99,7 @@ def quantized_share(model) -> float:
 
 
 def base_memory_bytes(model) -> int:
-    """Bytes of the frozen weights, with the constants of their quantization."""
+    """Bytes of the frozen weights, including the constants of their quantization."""
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -123,5 +118,5 @@ def _from_hub(auto_class, model: str, **options):
         raise InputError(
             f"cannot load '{model}': {first_line(error)} - give a model folder or a hub id; for a hub model "
             "check the name and the network, and for a gated one (such as meta-llama/Llama-2-7b-hf) accept "
-            "its licence on its page and run `hf auth login`"
+            "its license on its page and run `hf auth login`"
         ) from error

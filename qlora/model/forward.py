@@ -1,16 +1,32 @@
-"""A batch through the decoder."""
+"""A batch through the decoder: from token ids to the last hidden states."""
+
+from collections.abc import Callable
 
 import torch
+from peft import PeftModel
 
+DECODER_INPUTS = ("input_ids", "position_ids", "seq_starts")  # what the decoder takes of a batch
+
+# The name under which speed/attention.py registers variable-length attention with transformers.
 VARLEN = "qlora_varlen"
 
 
-def attention_inputs(causal_lm, batch: dict[str, torch.Tensor]) -> dict:
-    """What of a batch goes into the model's forward: transformers' names for packed rows."""
+def without_adapter(model):
+    """The causal LM inside a PEFT model, or the model itself. LoRA layers stay where they are, inside it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def hidden_states(causal_lm, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The last hidden states, (packs, length, d), of a batch from data/batch.py's collate()."""
+    return causal_lm.get_decoder()(**forward_inputs(causal_lm, batch), use_cache=False).last_hidden_state
+
+
+def forward_inputs(causal_lm, batch: dict[str, torch.Tensor]) -> dict:
+    """The model's keyword arguments for a batch: transformers' names for packed rows."""
     inputs = {"input_ids": batch["input_ids"]}
     if causal_lm.config._attn_implementation == VARLEN:
-        # An empty mask: transformers hands one of 4 dimensions on as it is. Without it, it would look for
-        # packed rows in the positions, for which the host must wait for the device, and build a mask of them.
+        # An empty mask, as transformers passes 4-dimensional masks through. Without one it would look for
+        # packed rows in position_ids, which makes the host wait for the device, and build a mask of them.
         inputs["attention_mask"] = batch["input_ids"].new_empty((1, 1, 1, 0), dtype=torch.bool)
     if "position_ids" in batch:
         length = batch["input_ids"].shape[1]
@@ -20,6 +36,20 @@ def attention_inputs(causal_lm, batch: dict[str, torch.Tensor]) -> dict:
     return inputs
 
 
-def decode(causal_lm, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The last hidden states (packs, length, d) of a batch of collate()'s."""
-    return causal_lm.get_decoder()(**attention_inputs(causal_lm, batch), use_cache=False).last_hidden_state
+def choose_hidden_states(model) -> Callable | None:
+    """hidden_states(), or None for a model whose head does more than a matrix product (scales, caps)."""
+    return hidden_states if has_plain_head(model) else None
+
+
+@torch.no_grad()
+def has_plain_head(model) -> bool:
+    """Whether the model's logits are exactly head(hidden states): tested by running it."""
+    causal_lm = without_adapter(model)
+    was_training = causal_lm.training
+    causal_lm.eval()
+    input_ids = torch.arange(8, device=model.device).unsqueeze(0)
+    logits = causal_lm(input_ids=input_ids, use_cache=False).logits
+    hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    head_logits = causal_lm.get_output_embeddings()(hidden)
+    causal_lm.train(was_training)
+    return torch.equal(head_logits, logits)

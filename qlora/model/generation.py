@@ -1,9 +1,11 @@
 """Prompts as token ids, and answers to them in left-padded batches."""
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from qlora.data.formats import (
     FALLBACK_CHAT_TEMPLATE,
@@ -19,9 +21,9 @@ from qlora.errors import InputError
 
 
 class PromptWriter:
-    """Writes chats and rows as the ids of a prompt, in the row format that the adapter was trained on.
+    """Writes chats and rows as prompts in token ids, in the row format that the adapter was trained on.
 
-    Raises InputError for a prompt that cannot be written, is empty, or has more than `max_tokens` tokens.
+    Raises InputError for a prompt that does not fit the format, is empty, or exceeds `max_tokens`.
     """
 
     def __init__(self, tokenizer, row_format: str, text_field: str, max_tokens: float):
@@ -35,46 +37,54 @@ class PromptWriter:
 
     @property
     def has_history(self) -> bool:
-        """Whether earlier turns of a chat are part of a prompt."""
+        """Whether a prompt contains the earlier turns of a chat."""
         return self.row_format not in ("alpaca", "prompt_completion")
 
     def chat(self, messages: list[dict]) -> list[int]:
-        """The prompt of the next answer in a chat of {"role", "content"} turns."""
+        """The prompt for the next answer in a chat of {"role", "content"} turns."""
         try:
-            return self._ids(chat_segments(messages, self.row_format, self.tokenizer), "the prompt")
+            return self._encode(chat_segments(messages, self.row_format, self.tokenizer), "the prompt")
         except DropRow as reason:
             raise InputError(f"the prompt cannot be written as {self.row_format}: {reason}") from reason
 
     def row(self, row: dict, where: str) -> list[int]:
-        """The prompt of a row of data, without its answer if it has one."""
+        """The prompt of a data row, without the row's answer."""
         try:
-            return self._ids(prompt_segments(row, self.row_format, self.text_field, self.tokenizer), where)
+            segments = prompt_segments(row, self.row_format, self.text_field, self.tokenizer)
+            return self._encode(segments, where)
         except DropRow as reason:
             raise InputError(f"{where}: {reason}") from reason
 
-    def _ids(self, segments: list[Segment], where: str) -> list[int]:
+    def _encode(self, segments: list[Segment], where: str) -> list[int]:
         ids, _ = encode(segments, self.adds_bos, self.tokenizer)
         if not ids:
             raise InputError(f"{where} is empty")
         if len(ids) > self.max_tokens:
             raise InputError(
-                f"{where} has {len(ids)} tokens: with the answer's --max_new_tokens that is more than the "
-                f"model's context, which leaves {self.max_tokens} for a prompt"
+                f"{where} has {len(ids)} tokens, but the answer (--max_new_tokens) leaves {self.max_tokens} "
+                "for a prompt in the model's context"
             )
         return ids
 
 
 def room_for_prompt(model_config, new_tokens: int, flag: str) -> float:
-    """Tokens that a prompt may have before an answer of `new_tokens`; raises InputError if there are none."""
+    """The number of tokens that a prompt may have if the answer may have `new_tokens`.
+
+    Raises InputError, naming the `flag` for `new_tokens`, if that is none.
+    """
     context = getattr(model_config, "max_position_embeddings", math.inf)
     if new_tokens >= context:
-        raise InputError(f"--{flag} {new_tokens} leaves no room in a context of {context}")
+        raise InputError(
+            f"--{flag} {new_tokens} leaves no room for a prompt: the model's context is {context} tokens"
+        )
     return context - new_tokens
 
 
 def read_prompts(path: str, writer: PromptWriter, split: str = "train") -> list[tuple[str, dict, list[int]]]:
-    """(where it stands, row, prompt's ids) of each row of a file or data set: in txt a line, else the columns
-    of the row format, or "prompt". Raises InputError."""
+    """(location, row, prompt ids) of each row of a file or dataset; raises InputError.
+
+    In a txt file every line is a prompt. Other rows have the columns of the row format, or "prompt".
+    """
     is_txt = Path(path).suffix.lower() == ".txt"
     rows = ((where, {"prompt": row["text"]} if is_txt else row) for where, row in read_rows(path, split))
     return [(where, row, writer.row(row, where)) for where, row in rows]
@@ -82,24 +92,31 @@ def read_prompts(path: str, writer: PromptWriter, split: str = "train") -> list[
 
 @torch.no_grad()
 def generate(
-    model, tokenizer, prompts: list[list[int]], autocast, seed: int = 0, streamer=None, stop=False, **options
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    autocast,
+    seed: int = 0,
+    streamer=None,
+    should_stop: Callable[[], bool] = lambda: False,
+    **options,
 ) -> list[str]:
-    """Continue each prompt (token ids) up to EOS; returns the new text of each, special tokens left out.
+    """Continue each prompt (token ids) up to EOS; returns the new text of each, without special tokens.
 
-    Prompts are padded on the left, so that every answer starts right behind its prompt and a batch answers as
-    each prompt alone would. `options` go to `GenerationMixin.generate`. Sampling draws from `seed` alone.
-    Training is left undisturbed: the model's mode and the random state are as before. Once `stop` is true,
-    the answers end where they are.
+    Prompts are padded on the left, so every answer starts right after its prompt, and a batch gives the same
+    answers as its prompts one at a time. `options` go to `GenerationMixin.generate`. Sampling depends on
+    `seed` alone. Once `should_stop()` is true, asked at every token, the answers end where they are. Does not
+    disturb a run: the model's mode and the random state are restored.
     """
-    pad_id = tokenizer.eos_token_id  # masked out, so any id serves
+    pad_id = tokenizer.eos_token_id  # padding is masked, so any id works
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     was_training = model.training
     model.eval()
-    devices = [model.device] if model.device.type == "cuda" else []
+    cuda_devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), autocast():
+        with torch.random.fork_rng(devices=cuda_devices), autocast():
             torch.manual_seed(seed)
             output = model.generate(
                 input_ids=input_ids,
@@ -109,7 +126,7 @@ def generate(
                 use_cache=True,
                 streamer=streamer,
                 stopping_criteria=[
-                    lambda ids, scores: torch.full((len(ids),), bool(stop), device=ids.device)
+                    lambda ids, scores: torch.full((len(ids),), should_stop(), device=ids.device)
                 ],
                 **options,
             )
@@ -118,8 +135,29 @@ def generate(
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 
+def generate_batches(
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    batch_size: int,
+    autocast,
+    seed: int = 0,
+    description: str | None = None,
+    **options,
+) -> Iterator[list[str]]:
+    """Answer the prompts in order and yield the answers of each batch, under a progress bar.
+
+    The batch that starts with prompt i samples with `seed` + i. For the rest, see generate().
+    """
+    with tqdm(total=len(prompts), desc=description, unit="prompt") as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            yield generate(model, tokenizer, batch, autocast, seed=seed + start, **options)
+            bar.update(len(batch))
+
+
 def stop_ids(model, tokenizer) -> list[int]:
-    """The EOS that training supervises, and the end-of-turn ids that the model itself names."""
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return sorted({tokenizer.eos_token_id, *named} - {None})
+    """The tokenizer's EOS, with which training ends answers, and the model's own end-of-turn ids."""
+    own_ids = model.generation_config.eos_token_id
+    own_ids = own_ids if isinstance(own_ids, list) else [own_ids]
+    return sorted({tokenizer.eos_token_id, *own_ids} - {None})

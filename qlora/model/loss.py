@@ -1,103 +1,84 @@
-"""Next-token cross-entropy, summed over the targets, without ever holding the logits of a whole batch."""
+"""Log-probabilities of a batch's targets, from which losses are made.
+
+Where the head is one matrix product, the logits of a batch are never held as a whole.
+"""
 
 from collections.abc import Callable
 
 import torch
-from peft import PeftModel
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from qlora.model.forward import attention_inputs, decode
+from qlora.model.forward import forward_inputs, without_adapter
 
-LOGITS = 2**24  # of a chunk of targets: 67 MB in float32, and half of that twice in 16 bits
-MIN_CHUNK = 256  # fewer targets would leave the head's matrix products too thin
+LOGITS_PER_CHUNK = 2**24  # 67 MB in float32, plus two 16-bit copies of 34 MB
+MIN_CHUNK = 256  # fewer targets would make the head's matrix products too thin
 
 
-def next_token_loss(
-    model, batch: dict[str, torch.Tensor], plain_head: bool, decode: Callable = decode
-) -> torch.Tensor:
-    """Sum of the cross-entropy over the batch's targets (a float32 scalar), to be divided by a count of
-    targets.
+def target_logprobs(model, batch: dict[str, torch.Tensor], hidden_states: Callable | None) -> torch.Tensor:
+    """Log-probability of each of the batch's n targets given the tokens before it: (n,) float32.
 
-    `batch` is collate()'s. With `plain_head` (see has_plain_head) the head runs only on the hidden states
-    that predict a target, and a chunk at a time. Other models take the general path through their own
-    forward, which holds the logits. `decode` gives the hidden states of (model, batch).
+    `batch` comes from collate(). Minus the sum of the result is the cross-entropy, summed over the targets.
+    `hidden_states` computes those of (causal_lm, batch), as choose_hidden_states() returns it; the head then
+    runs only on those that predict a target, a chunk at a time. It is None for models whose head is more than
+    a matrix product: their own forward pass computes all logits.
     """
     causal_lm = without_adapter(model)
-    if not plain_head:
-        logits = causal_lm(**attention_inputs(causal_lm, batch), use_cache=False).logits
+    if hidden_states is None:
+        logits = causal_lm(**forward_inputs(causal_lm, batch), use_cache=False).logits
         logits = logits.flatten(0, 1).index_select(0, batch["target_index"])
-        return cross_entropy(logits.float(), batch["target_ids"], reduction="sum")
-    hidden = decode(causal_lm, batch)
+        return -cross_entropy(logits.float(), batch["target_ids"], reduction="none")
+    hidden = hidden_states(causal_lm, batch)
     hidden = hidden.flatten(0, 1).index_select(0, batch["target_index"])
     head = causal_lm.get_output_embeddings()
     if type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad:
-        return FrozenHeadLoss.apply(hidden, head.weight, batch["target_ids"])
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows in _chunks(len(hidden), head.weight.shape[0]):
-        total += checkpoint(_head_loss, head, hidden[rows], batch["target_ids"][rows], use_reentrant=False)
-    return total
+        return FrozenHead.apply(hidden, head.weight, batch["target_ids"])
+    chunks = [
+        checkpoint(_head_logprobs, head, hidden[rows], batch["target_ids"][rows], use_reentrant=False)
+        for rows in _chunks(len(hidden), head.weight.shape[0])
+    ]
+    return torch.cat([hidden[:0, 0].float(), *chunks])  # there may be no target at all
 
 
-def without_adapter(model):
-    """The model that PEFT has put an adapter into, or the model itself; the adapter's layers stay in it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+def _head_logprobs(head, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+    return -cross_entropy(head(hidden).float(), target_ids, reduction="none")
 
 
-def _head_loss(head, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(head(hidden).float(), target_ids, reduction="sum")
+class FrozenHead(torch.autograd.Function):
+    """log_softmax(hidden @ weight.T) at the targets, for hidden (n, d), weight (vocabulary, d), ids (n,).
 
-
-class FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of hidden @ weight.T, for (n, d) hidden states, (vocabulary, d) weight, (n,) ids.
-
-    As the weight is frozen, the gradient of the hidden states is all that the backward pass has to hand on:
-    it is formed here, chunk by chunk beside the loss (softmax - one-hot, times the weight), and no logits
-    are kept or computed twice.
+    As the weight is frozen, all that the backward pass needs is, for each target, the gradient with respect
+    to its hidden state. It is (one-hot - softmax) @ weight, and is computed here, chunk by chunk along with
+    the value, so that no logits are kept or computed twice. The backward pass overwrites it: one is possible.
     """
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        negative_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(hidden), len(weight)):
             ids = target_ids[rows, None]
-            log_probabilities = log_softmax(hidden[rows] @ weight.T, dim=1, dtype=torch.float32)
-            chosen = log_probabilities.gather(1, ids)
-            total -= chosen.sum()
-            if gradient is not None:
-                difference = log_probabilities.exp_().scatter_add_(1, ids, torch.full_like(chosen, -1.0))
-                gradient[rows] = difference.to(hidden.dtype) @ weight
-        ctx.save_for_backward(gradient)
-        return total
+            chunk = log_softmax(hidden[rows] @ weight.T, dim=1, dtype=torch.float32)
+            chosen = chunk.gather(1, ids)
+            logprobs[rows] = chosen[:, 0]
+            if negative_gradient is not None:
+                difference = chunk.exp_().scatter_add_(1, ids, torch.full_like(chosen, -1.0))
+                negative_gradient[rows] = difference.to(hidden.dtype) @ weight
+        ctx.save_for_backward(negative_gradient)
+        return logprobs
 
     @staticmethod
-    def backward(ctx, grad_total: torch.Tensor):
-        (gradient,) = ctx.saved_tensors
-        # In place, a part at a time, and in float32: 16 bits would round the scale itself.
-        for rows in gradient.split(MIN_CHUNK):
-            rows.copy_(rows.float() * grad_total)
-        return gradient, None, None
+    @once_differentiable  # the gradient was computed without a graph
+    def backward(ctx, grad_logprobs: torch.Tensor):
+        (negative_gradient,) = ctx.saved_tensors
+        # In place, a part at a time, and in float32: 16 bits would round the loss scale itself.
+        for rows, scale in zip(negative_gradient.split(MIN_CHUNK), grad_logprobs.split(MIN_CHUNK)):
+            rows.copy_(rows.float() * -scale[:, None])
+        return negative_gradient, None, None
 
 
 def _chunks(targets: int, vocabulary: int) -> list[slice]:
-    """The targets in slices that keep their logits small."""
-    size = max(LOGITS // vocabulary, MIN_CHUNK)
+    """Slices of the targets, small enough for their logits to fit LOGITS_PER_CHUNK."""
+    size = max(LOGITS_PER_CHUNK // vocabulary, MIN_CHUNK)
     return [slice(start, start + size) for start in range(0, targets, size)]
-
-
-@torch.no_grad()
-def has_plain_head(model) -> bool:
-    """Whether the model's logits are exactly head(hidden states): no soft-capping, no scaling.
-
-    Measured rather than looked up, so that it holds for any architecture.
-    """
-    causal_lm = without_adapter(model)
-    was_training = causal_lm.training
-    causal_lm.eval()
-    input_ids = torch.arange(8, device=model.device).unsqueeze(0)
-    logits = causal_lm(input_ids=input_ids, use_cache=False).logits
-    hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    head_logits = causal_lm.get_output_embeddings()(hidden)
-    causal_lm.train(was_training)
-    return torch.equal(head_logits, logits)

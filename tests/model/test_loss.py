@@ -1,13 +1,17 @@
-"""The summed, chunked loss against transformers' own, for heads of every kind."""
+"""Log-probabilities of targets and their gradients against transformers' own, for heads of every kind."""
+
+import copy
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import log_softmax
 
 import qlora.model.loss
 from qlora.data.batch import collate
-from qlora.model.loss import has_plain_head, next_token_loss
+from qlora.model.forward import choose_hidden_states, has_plain_head, hidden_states
+from qlora.model.loss import target_logprobs
 
 SIZES = {
     "vocab_size": 128,
@@ -53,43 +57,89 @@ def rows():
         yield ids, labels
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_loss_and_gradient_are_those_of_the_model_itself(name, monkeypatch):
-    monkeypatch.setattr(qlora.model.loss, "LOGITS", 7 * 128)  # several chunks of 7, the last one short
-    monkeypatch.setattr(qlora.model.loss, "MIN_CHUNK", 1)
-    config, is_plain = MODELS[name]
+def lora(config, **options):
+    """A model with LoRA matrices that are not 0; `config` is left as it is."""
     torch.manual_seed(0)
-    base = transformers.AutoModelForCausalLM.from_config(config)
-    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    assert has_plain_head(model) == is_plain
+    base = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    options = {"target_modules": "all-linear", "init_lora_weights": False} | options
+    return get_peft_model(base, LoraConfig(**options))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Several chunks of 7 targets, the last one short."""
+    monkeypatch.setattr(qlora.model.loss, "LOGITS_PER_CHUNK", 7 * 128)
+    monkeypatch.setattr(qlora.model.loss, "MIN_CHUNK", 1)
+
+
+def gradient(model) -> torch.Tensor:
+    """The gradient of all trained weights, which is set to 0."""
+    grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad()
+    return torch.cat(grads)
+
+
+def reference_logprobs(model, examples) -> torch.Tensor:
+    """The log-probability of each target by the model's own forward pass over each row alone."""
+    found = []
+    for ids, labels in examples:
+        each = log_softmax(model(input_ids=ids[None]).logits[0, :-1], dim=-1).gather(1, ids[1:, None])[:, 0]
+        found.append(each[labels[1:] != -100])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logprobs_and_gradient_are_those_of_the_model_itself(name, small_chunks):
+    config, is_plain = MODELS[name]
+    model = lora(config)
+    assert has_plain_head(model) == is_plain and (choose_hidden_states(model) is not None) == is_plain
     examples = list(rows())
     batch = collate([[row] for row in examples], pad_id=0)
+    weights = torch.rand(len(batch["target_ids"]))  # a gradient of its own for each target
 
-    def gradients():
-        grads = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
-        model.zero_grad()
-        return torch.cat([grad.flatten() for grad in grads])
+    got = target_logprobs(model, batch, choose_hidden_states(model))
+    (3 * weights * got).sum().backward()
+    got_gradient = gradient(model) / 3
+    want = reference_logprobs(model, examples)
+    (weights * want).sum().backward()
+    want_gradient = gradient(model)
+    assert got.dtype == torch.float32 and got.shape == weights.shape
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert (got_gradient - want_gradient).norm() < 1e-5 * want_gradient.norm()
 
-    loss = next_token_loss(model, batch, is_plain)
-    (3 * loss).backward()  # as divided by a count, or scaled for float16
-    got = gradients() / 3
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sum_is_the_loss_of_transformers(name, small_chunks):
+    model = lora(MODELS[name][0])
+    examples = list(rows())
+    got = -target_logprobs(model, collate([[row] for row in examples], 0), choose_hidden_states(model)).sum()
     input_ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in examples], batch_first=True)
     labels = torch.nn.utils.rnn.pad_sequence([labels for _, labels in examples], True, -100)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids, _ in examples], batch_first=True)
     targets = int((labels[:, 1:] != -100).sum())
-    want_loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss * targets
-    want_loss.backward()
-    want = gradients()
-    assert loss.item() == pytest.approx(want_loss.item(), rel=1e-5)
-    assert (got - want).norm() < 1e-5 * want.norm()
+    want = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss * targets
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
 
 
-def test_a_trained_head_gets_its_gradient():
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(MODELS["llama"][0])
-    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "lm_head"]))
+def test_a_trained_head_gets_its_gradient(small_chunks):
+    model = lora(MODELS["llama"][0], target_modules=["q_proj", "lm_head"])
     assert has_plain_head(model)
-    next_token_loss(model, collate([[row] for row in rows()], pad_id=0), plain_head=True).backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters() if "lm_head.lora_B" in name}
-    assert all(grad.any() for grad in grads.values()) and grads
+    examples = list(rows())
+    got = target_logprobs(model, collate([[row] for row in examples], pad_id=0), hidden_states)
+    got.sum().backward()
+    got_gradient = gradient(model)
+    want = reference_logprobs(model, examples)
+    want.sum().backward()
+    want_gradient = gradient(model)
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert (got_gradient - want_gradient).norm() < 1e-5 * want_gradient.norm()
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_a_batch_without_a_target_has_no_logprobs(targets):
+    model = lora(MODELS["llama"][0], target_modules=targets)
+    ids = torch.arange(3, 9)
+    batch = collate([[(ids, torch.full_like(ids, -100))]], pad_id=0)
+    logprobs = target_logprobs(model, batch, hidden_states)
+    assert logprobs.shape == (0,)
+    logprobs.sum().backward()

@@ -1,0 +1,77 @@
+"""Trained weights end to end in memory, one vector for each optimizer group."""
+
+import torch
+
+from qlora.errors import InputError
+
+
+class FlatParameters:
+    """Lays the trained parameters end to end and gives the optimizer one long vector per group.
+
+    One launch updates a group, instead of one launch per parameter. And bitsandbytes pages only states of
+    100,000 elements and more, which few LoRA matrices have. Each parameter becomes a view of the vector that
+    starts at a multiple of SLOT elements, so its 8-bit states have the same blocks as without this. (Only a
+    parameter of fewer than 4,096 elements would have 32-bit states on its own.)
+
+    `groups` are optimizer groups whose "params" are (name, parameter) pairs. Besides the optimizer's own
+    options each has "lr_multiple", by which the loop multiplies the learning rate. The optimizer must be
+    elementwise (Adam, SGD, Lion): it never sees a parameter's shape. Raises InputError if a parameter is in
+    two groups.
+    """
+
+    SLOT = 256  # elements in a block of bitsandbytes' 8-bit optimizers
+
+    def __init__(self, groups: list[dict]):
+        groups = [group | {"params": list(group["params"])} for group in groups]
+        pairs = [pair for group in groups for pair in group["params"]]
+        self.names = [name for name, _ in pairs]
+        if repeated := sorted({name for name in self.names if self.names.count(name) > 1}):
+            raise InputError(f"in more than one optimizer group: {' '.join(repeated)}")
+        self.parameters = [parameter for _, parameter in pairs]
+        self.slots = [-(-parameter.numel() // self.SLOT) * self.SLOT for parameter in self.parameters]
+        weights = self.parameters[0].new_zeros(sum(self.slots))
+        for parameter, view in zip(self.parameters, self._views(weights)):
+            parameter.data = view.copy_(parameter.data)
+        slots = iter(self.slots)
+        self.group_sizes = [sum(next(slots) for _ in group["params"]) for group in groups]
+        self.vectors = [torch.nn.Parameter(vector) for vector in weights.split(self.group_sizes)]
+        self.groups = [group | {"params": [vector]} for group, vector in zip(groups, self.vectors)]
+
+    def gather_gradients(self) -> None:
+        """Move the parameters' gradients into the groups' vectors; one that is None counts as 0."""
+        gradient = self.vectors[0].new_zeros(sum(self.slots))
+        views, gradients = [], []
+        for view, parameter in zip(self._views(gradient), self.parameters):
+            if parameter.grad is not None:
+                views.append(view)
+                gradients.append(parameter.grad)
+        if views:
+            torch._foreach_copy_(views, gradients)  # a few launches for all of them
+        for parameter in self.parameters:
+            parameter.grad = None
+        for vector, part in zip(self.vectors, gradient.split(self.group_sizes)):
+            vector.grad = part
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Each parameter's part of the gathered gradients, in the order of `names`."""
+        first = self.vectors[0].grad  # the others lie behind it in the same memory
+        return self._views(first.as_strided((sum(self.slots),), (1,)))
+
+    def check_gradients(self, trainable: list[tuple[str, torch.nn.Parameter]]) -> None:
+        """Raise InputError if a trained weight is in no group, or if the backward pass has not reached it.
+
+        Either way it would silently never be trained. Call it before gather_gradients().
+        """
+        names = set(self.names)
+        for name, parameter in trainable:
+            if name not in names:
+                raise InputError(f"the trainable weight {name} is in no optimizer group")
+            if parameter.grad is None:
+                raise InputError(
+                    f"the trainable weight {name} got no gradient in the first step: is its layer ever used?"
+                )
+
+    def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """The part of such a vector that belongs to each parameter, in its shape."""
+        slots = zip(self.parameters, vector.split(self.slots))
+        return [slot[: parameter.numel()].view(parameter.shape) for parameter, slot in slots]
