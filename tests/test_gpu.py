@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: run with `make test-gpu`."""
+"""What only a CUDA GPU can show. Run with `make test-gpu`."""
 
 import json
 from functools import partial
@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from demo.make_base import make_base
 from qlora.data.batch import collate, to_device
 from qlora.model.adapter import ADAPTER
-from qlora.model.forward import VARLEN, decode
-from qlora.model.loss import next_token_loss
+from qlora.model.forward import VARLEN, hidden_states
+from qlora.model.loss import target_logprobs
 from qlora.optim.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from qlora.speed.attention import choose_attention
 from tests.conftest import TEXTS
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="session")
 def wide_base(tmp_path_factory) -> str:
-    """Folder of a two-layer Llama whose matrices and heads are wide, so that large models' kernels run."""
+    """Folder of a two-layer Llama as wide as large models are, so that their kernels run."""
     folder = tmp_path_factory.mktemp("models") / "wide-llama"
     make_base(
         folder, TEXTS, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=8,
@@ -76,15 +76,15 @@ def test_resume_equals_an_uninterrupted_run(run, flags):
 
 
 @pytest.fixture
-def afterwards_free():
-    """Ends what --full_determinism sets for the whole process."""
+def determinism_ends():
+    """Undo what --full_determinism sets for the whole process."""
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def test_with_full_determinism_equal_runs_end_alike_and_so_does_a_resumed_one(
-    run, wide_base, long_rows, afterwards_free
+def test_with_full_determinism_equal_and_resumed_runs_end_bit_identical(
+    run, wide_base, long_rows, determinism_ends
 ):
     flags = "--full_determinism --packing --compile --max_steps 4 --save_steps 2 --save_total_limit 0"
     flags += " --dtype float16 --lora_dropout 0.1 --max_length 1024 --lora_target_modules all-linear"
@@ -112,7 +112,8 @@ def test_restored_optimizer_state_continues_bit_by_bit_and_stays_paged(name):
 
     def fresh(value):
         parameter = torch.nn.Parameter(value.clone())
-        return parameter, build_optimizer(name, parameter, 0.01, (0.9, 0.999), 1e-8)
+        group = {"params": [parameter], "weight_decay": 0.01}
+        return parameter, build_optimizer(name, [group], (0.9, 0.999), 1e-8)
 
     parameter, optimizer = fresh(start)
     middle = stepped(parameter, optimizer, gradients[:2])
@@ -131,7 +132,7 @@ ROWS = [torch.arange(3, 3 + length) % 128 for length in (40, 17, 64, 9, 30)]
 
 
 def packed_model(dtype):
-    """A Llama of two layers with LoRA in `dtype`, the attention chosen for it, and its autocast."""
+    """(a two-layer Llama in `dtype` with LoRA and attention for packed rows, its autocast)."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -140,10 +141,11 @@ def packed_model(dtype):
     base = transformers.LlamaForCausalLM(config).to("cuda", dtype)
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     autocast = partial(torch.autocast, "cuda", dtype=dtype, enabled=dtype != torch.float32)
-    return model, choose_attention(model, autocast), autocast
+    assert choose_attention(model, autocast) is None
+    return model, autocast
 
 
-def on_card(packs, pack_length=None, starts=0):
+def on_gpu(packs, pack_length=None, starts=0):
     labelled = [[(row, torch.cat([torch.tensor([-100]), row[1:]])) for row in pack] for pack in packs]
     batch = collate(labelled, 0, pack_length, starts)
     return to_device(batch, torch.device("cuda"))
@@ -151,14 +153,14 @@ def on_card(packs, pack_length=None, starts=0):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(dtype):
-    model, attention, autocast = packed_model(dtype)
-    assert attention == (VARLEN if dtype != torch.float32 else "sdpa")
+    model, autocast = packed_model(dtype)
+    assert model.config._attn_implementation == (VARLEN if dtype != torch.float32 else "sdpa")
     assert model.training
     results = []
-    for batch in (on_card([[row] for row in ROWS]), on_card([ROWS[:2], ROWS[2:]], pack_length=128)):
+    for batch in (on_gpu([[row] for row in ROWS]), on_gpu([ROWS[:2], ROWS[2:]], pack_length=128)):
         model.zero_grad()
         with autocast():
-            loss = next_token_loss(model, batch, plain_head=True)
+            loss = -target_logprobs(model, batch, hidden_states).sum()
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
         results.append((loss.item(), gradient))
@@ -175,17 +177,18 @@ def test_a_model_with_a_sliding_window_keeps_its_own_attention_and_the_training_
     )  # fmt: skip
     base = transformers.MistralForCausalLM(config).to("cuda", torch.bfloat16)
     model = get_peft_model(base, LoraConfig(target_modules="all-linear")).train()
-    assert choose_attention(model, partial(torch.autocast, "cuda", dtype=torch.bfloat16)) == "sdpa"
+    assert choose_attention(model, partial(torch.autocast, "cuda", dtype=torch.bfloat16)) is None
+    assert base.config._attn_implementation == "sdpa"
     assert model.training and base.model.layers[0].training
 
 
 def test_a_changed_token_of_one_row_leaves_the_others_bit_identical():
-    model, _, autocast = packed_model(torch.bfloat16)
+    model, autocast = packed_model(torch.bfloat16)
     changed = [row.clone() for row in ROWS]
     changed[2][5] += 1
     hidden = []
     for pack in (ROWS, changed):
         with torch.no_grad(), autocast():
-            output = decode(model.get_base_model(), on_card([pack], pack_length=192))[0]
+            output = hidden_states(model.get_base_model(), on_gpu([pack], pack_length=192))[0]
         hidden.append(output.split([40, 17, 64, 9, 30, 32]))
     assert [torch.equal(*pair) for pair in zip(*hidden)] == [True, True, False, True, True, True]

@@ -1,5 +1,4 @@
-"""How the decoder layers run in training: compiled one by one, and how much of each is kept for the backward
-pass."""
+"""How decoder layers run in training: compiled one by one, checkpointed, offloaded."""
 
 import inspect
 import logging
@@ -17,7 +16,7 @@ COMPILER = "inductor"
 
 
 def decoder_layers(causal_lm) -> list[torch.nn.Module]:
-    """The decoder's layers that can be checkpointed, in the order in which they run; [] if there are none."""
+    """The decoder's layers that can be checkpointed, in execution order; [] if there are none."""
     layers, inside = [], set()
     for layer in causal_lm.get_decoder().modules():  # outer modules come before what they hold
         if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
@@ -36,25 +35,30 @@ def set_up_layers(
 ) -> None:
     """Decide how the layers run wherever gradients are recorded; may be called again with other choices.
 
-    The first `checkpointed` layers keep their input and are computed again in the backward pass (arXiv
-    1604.06174). The first, because the backward pass comes to them last: by then the activations that the
-    others kept are gone, and one layer's recomputation has their room. With `offload` what they keep waits in
+    The first `checkpointed` layers keep their input and recompute the rest in the backward pass (arXiv
+    1604.06174). The first, because the backward pass reaches them last: the other layers' activations are
+    gone by then, and one layer's recomputation fits in their place. With `offload`, what they keep waits in
     host memory.
 
-    With `compile` each layer is compiled by itself, all sharing the code of the first of their kind;
-    `is_dynamic` is for batches of changing shape. Checkpointed ones then also keep what their attention
-    returns, and of the rest compute again only what gradients need: not the last product, where that is only
-    added to the layer's input. Without, `is_random` is drops_out's: what was drawn is then drawn again.
+    With `compile`, each layer is compiled by itself; all share the code of the first of their kind.
+    `is_dynamic` is for batches of changing shape. Compiled checkpointed layers also keep what their attention
+    returns, and recompute only what gradients need: not the last product if it is only added to the layer's
+    input. Without `compile`, `is_random` (see has_dropout) makes the recomputation draw the same random
+    numbers.
 
     Evaluation and generation run the layers as they are: their shapes are many, and nothing is kept.
     """
     if compile:
-        # Computed again in the backward pass, beside what is computed there anyway: the products of
-        # elementwise operations on what is kept. By default those that go into a matrix product are kept too.
+        # Recompute elementwise operations on what is kept, in the backward pass, where they fuse with other
+        # work. By default their results are kept if they feed a matrix product.
         partitioner.ban_recompute_materialized_backward = False
         partitioner.ban_recompute_used_far_apart = False
-        # Some layers write what later ones read (Gemma's shared keys and values): once, in the forward pass.
+        # Some layers write what later ones read (Gemma's shared keys and values). Only in the forward pass.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        _keep_attention.cache_hash = inspect.getsource(_policy)  # identifies it in the compiler's cache
+        # "Please make sure the checkpointed region does not contain in-place ops": what is kept is only what
+        # attention returns, and no layer changes that in place.
+        logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_not_about_context_fn)
     host = HostActivations() if offload else None
     for number, layer in enumerate(layers):
         plain = train = type(layer).forward.__get__(layer)
@@ -80,28 +84,28 @@ def _by_mode(train, plain):
 
 
 def _checkpointed(layer, *args, **kwargs):
-    """A layer's forward pass for the compiler, which itself sees to what is computed and drawn again."""
+    """A layer's forward pass for the compiler, which recomputes and redraws random numbers on its own."""
     forward = type(layer).forward
-    return checkpoint(forward, layer, *args, use_reentrant=False, context_fn=_all_but_attention, **kwargs)
+    return checkpoint(forward, layer, *args, use_reentrant=False, context_fn=_keep_attention, **kwargs)
 
 
-def _what_is_kept(context, operation, *args, **kwargs) -> CheckpointPolicy:
-    """The attention's outputs: as large as the input, and the dearer to compute again the longer the rows.
-    PyTorch would also have to restore its random state for it, dropout or not, which CUDA graphs rule out."""
+def _policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    """Keep what attention returns: it is as large as the input, and costlier to recompute the longer the
+    rows.
+
+    To recompute it, PyTorch would also have to restore its random state, dropout or not, which CUDA graphs
+    rule out.
+    """
     is_attention = any(word in operation.name() for word in ("attention", "attn"))  # SDPA's, varlen_attn
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _all_but_attention():
-    return create_selective_checkpoint_contexts(_what_is_kept)
+def _keep_attention():
+    return create_selective_checkpoint_contexts(_policy)
 
 
-_all_but_attention.cache_hash = inspect.getsource(_what_is_kept)  # by which the compiler's cache knows it
-# "Please make sure the checkpointed region does not contain in-place ops": only what attention returns is
-# kept, and no layer changes that in place.
-logging.getLogger("torch._higher_order_ops.wrap").addFilter(
-    lambda record: "context_fn is passed" not in record.getMessage()
-)
+def _is_not_about_context_fn(record: logging.LogRecord) -> bool:
+    return "context_fn is passed" not in record.getMessage()
 
 
 def _addresses(tensors: list[torch.Tensor]) -> set[int]:
@@ -109,12 +113,12 @@ def _addresses(tensors: list[torch.Tensor]) -> set[int]:
 
 
 def _offloaded(train, host: "HostActivations", weights: set[int], is_trained: bool, *args, **kwargs):
-    """Run a checkpointed layer; of what it keeps, all floating-point tensors go to the host but those found
-    among its `weights`, which are given by their addresses, and its arguments after the first."""
+    """Run a checkpointed layer. The floating-point tensors that it keeps go to the host, but for its weights
+    (given by their addresses) and its arguments after the first."""
     inputs = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
     if not is_trained and not any(tensor.requires_grad for tensor in inputs):
-        return train(*args, **kwargs)  # no backward pass would ask for them
-    # Autograd keeps the hooks, which therefore must not hold a tensor.
+        return train(*args, **kwargs)  # no backward pass will ask for them
+    # Autograd keeps the hooks, so they must not hold a tensor.
     others = weights | _addresses(inputs[1:])
     kept = KeptByLayer()
 
@@ -129,7 +133,7 @@ def _offloaded(train, host: "HostActivations", weights: set[int], is_trained: bo
         return train(*args, **kwargs)
 
 
-def drops_out(model) -> bool:
+def has_dropout(model) -> bool:
     """Whether the layers draw random numbers in training, by their modules and their configuration."""
     config = model.config.get_text_config().to_dict()
     return any(isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules()) or any(
@@ -138,44 +142,44 @@ def drops_out(model) -> bool:
 
 
 class KeptByLayer:
-    """What one run of a layer keeps."""
+    """What one run of a layer keeps for the backward pass."""
 
     def __init__(self):
         self.on_host = []  # in page-locked memory
-        self.on_device = []  # the same, while a copy to the host or back is under way; else None
-        self.previous = None  # run of a layer that kept something
+        self.on_device = []  # the same tensors while a copy out or back is under way, else None
+        self.previous = None  # the run of the layer before this one that kept something
         self.copied = torch.cuda.Event()
 
 
 class HostActivations:
     """Holds in host memory what checkpointed layers keep, until their backward pass.
 
-    Compiled layers hand over all of it at their end, others their input at their start. Copies run on a
-    stream of their own: out while the next layer is computed, or the layer itself; back while the layer after
-    it is in its backward pass. At most two layers' tensors are then on the device.
+    Compiled layers hand over everything at their end, others their input at their start. Copies run on a
+    stream of their own: out while the layer itself or the next one is computed, back while the layer after it
+    is in its backward pass. So the device holds at most two layers' tensors.
     """
 
     def __init__(self):
         self.stream = torch.cuda.Stream()
-        self.last = None  # run of a layer that kept something; each knows the one before it
+        self.last = None  # the last run of a layer that kept something; each knows the one before it
 
     def keep(self, layer: KeptByLayer, tensor: torch.Tensor) -> partial:
-        """Begin to copy a tensor out, and let go of those of the layer before; returns what gives it back."""
+        """Begin to copy a tensor out, and release those of the layer before; returns what gives it back."""
         if not layer.on_host:
             layer.previous, self.last = self.last, layer
             if layer.previous is not None:
-                # Their memory may be taken once the copies are made. Kernels that come now wait for that;
-                # record_stream would leave it to the host to find out, which is far ahead.
+                # Their memory may be reused once they are copied. This makes the kernels launched from now on
+                # wait for that. record_stream() would leave it to the host, which runs far ahead.
                 torch.cuda.current_stream().wait_event(layer.previous.copied)
                 layer.previous.on_device = [None] * len(layer.previous.on_host)
-        # Laid out alike: compiled code relies on it.
+        # With the same strides: compiled code relies on them.
         layer.on_host.append(torch.empty_like(tensor, device="cpu", pin_memory=True))
         layer.on_device.append(tensor.detach())
         self._copy(layer, layer.on_device[-1], layer.on_host[-1])
         return partial(self._give_back, layer, len(layer.on_host) - 1)
 
     def _give_back(self, layer: KeptByLayer, number: int) -> torch.Tensor:
-        """A tensor again, and those of the layer before on their way."""
+        """A tensor, back on the device. Those of the layer before start on their way."""
         self._fetch(layer, number)
         torch.cuda.current_stream().wait_event(layer.copied)
         tensor, layer.on_device[number] = layer.on_device[number], None

@@ -1,8 +1,8 @@
-"""The frozen 4-bit linear layer as an opaque operation over one dequantization kernel in Triton.
+"""The frozen 4-bit linear layer: an opaque operation around one dequantization kernel in Triton.
 
-bitsandbytes takes three launches to dequantize; here one kernel writes the 16-bit weight. As autograd and the
-compiler cannot look into the operation, nothing but the packed weight is ever kept for the backward pass,
-which dequantizes it again.
+bitsandbytes takes three launches to dequantize; here one kernel writes the 16-bit weight. Autograd and the
+compiler cannot look into the operation, so nothing but the packed weight is kept for the backward pass, which
+dequantizes it again.
 """
 
 import bitsandbytes as bnb
@@ -10,13 +10,15 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch.nn.functional import linear
 
+from qlora.errors import first_line
+
 try:
     import triton
     import triton.language as tl
-except ImportError:  # torch builds for the CPU come without it
+except ImportError:  # CPU builds of PyTorch come without it
     triton = None
 
-TILE = 2048  # weights that one program of the kernel writes
+TILE = 2048  # weights written by one program of the kernel
 
 if triton is not None:
 
@@ -28,12 +30,12 @@ if triton is not None:
     ):  # fmt: skip
         """weight = code[nibble] * absmax[block of BLOCK weights], the high nibble of a byte first.
 
-        With double quantization (NESTED_BLOCK > 0) absmax holds bytes, and what it stands for is
+        With double quantization (NESTED_BLOCK > 0) absmax holds bytes; a block's scale is then
         nested_code[byte] * nested_absmax[block // NESTED_BLOCK] + offset (arXiv 2305.14314, section 3).
-        `constants` are code (16 of them), then nested_code (256), offset (1) and nested_absmax, all float32.
+        `constants` are code (16 values), nested_code (256), offset (1) and nested_absmax, all float32.
 
-        Each lane reads one word of `packed`, WORD weights, and writes those: with 8 that is 4 bytes read and
-        16 written, neighbours beside each other, as the memory likes it.
+        Each lane reads one word of `packed` and writes its WORD weights. With WORD = 8 that is 4 bytes read
+        and 16 written. Consecutive lanes touch consecutive addresses, so accesses coalesce.
         """
         word = tl.program_id(0) * (TILE // WORD) + tl.arange(0, TILE // WORD)
         is_word = word * WORD < numel
@@ -44,10 +46,10 @@ if triton is not None:
             scale = tl.load(constants + 16 + scale.to(tl.int32)) * nested_absmax + tl.load(constants + 272)
         bits = tl.load(packed + word, mask=is_word, other=0).to(tl.int32)
         place = tl.arange(0, WORD)
-        shift = place // 2 * 8 + (1 - place % 2) * 4  # the lowest byte first, in each the high nibble first
+        shift = place // 2 * 8 + (1 - place % 2) * 4  # lowest byte first, high nibble first
         value = tl.load(constants + (bits[:, None] >> shift[None, :] & 15)) * scale[:, None]
         out = word[:, None] * WORD + place[None, :]
-        value = value.to(ROUND_TO)  # the type that the weights had before
+        value = value.to(ROUND_TO)  # the dtype before quantization
         tl.store(weight + out, value.to(weight.dtype.element_ty), mask=out < numel)
 
     TRITON_TYPE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -62,15 +64,16 @@ def dequantize(
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The weight of `shape` in `dtype`, bit for bit that of bitsandbytes' dequantize_4bit.
+    """The weight of `shape` in `dtype`, bit-identical to bitsandbytes' dequantize_4bit.
 
-    The first five are plain_state's: `packed` holds two weights a byte, `absmax` the scale of each block of
-    blocks[0] weights (with double quantization as bytes, whose own scales are shared by blocks[1] of them);
-    for `constants` see the kernel. `round_to` is the type that was quantized, to which bitsandbytes rounds.
+    The first five arguments come from plain_state(): `packed` holds two weights per byte, `absmax` the scale
+    of each block of blocks[0] weights (with double quantization as bytes, blocks[1] of which share a scale of
+    their own). The kernel describes `constants`. `round_to` is the dtype before quantization, to which
+    bitsandbytes rounds.
     """
     weight = torch.empty(shape, dtype=dtype, device=packed.device)
     numel = weight.numel()
-    word = 8 if numel % 8 == 0 else 2  # four bytes in one read, or one where four would pass the end
+    word = 8 if numel % 8 == 0 else 2  # read four bytes at a time, or one where four would pass the end
     _dequantize_kernel[(triton.cdiv(numel, TILE),)](
         packed.view(torch.int32) if word == 8 else packed, absmax, constants, weight, numel, *blocks,
         TRITON_TYPE[round_to], TILE, word,
@@ -80,9 +83,10 @@ def dequantize(
 
 
 def plain_state(weight: bnb.nn.Params4bit) -> tuple:
-    """(packed, absmax, constants, blocks, round_to) of a quantized weight, as dequantize takes them."""
+    """(packed, absmax, constants, blocks, round_to) of a quantized weight, as dequantize() takes them."""
     state, nested = weight.quant_state, weight.quant_state.state2
-    # The values of the 16 codes, asked of bitsandbytes: 0 and 1 in the first byte, 2 and 3 in the second, ...
+    # Ask bitsandbytes for the values of the 16 codes: codes 0 and 1 in the first byte, 2 and 3 in the
+    # second...
     codes = torch.arange(0x01, 0x100, 0x22, dtype=torch.uint8, device=weight.device)[:, None]
     ones = QuantState(
         absmax=torch.ones(1, device=weight.device), shape=torch.Size([16]), dtype=torch.float32, blocksize=64,
@@ -124,12 +128,15 @@ def _linear_backward_shape(grad, packed, absmax, constants, blocks, round_to, in
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x @ weight.T + bias and its gradient. The two operations are opaque to the compiler: it would see that
-    both dequantize the same weight, and keep it in between."""
+    """x @ weight.T + bias, and its gradient with respect to x.
+
+    Both operations are opaque to the compiler, which would otherwise see that they dequantize the same
+    weight, and keep it in between.
+    """
 
     @staticmethod
     def forward(ctx, x, packed, absmax, constants, blocks, round_to, bias, out_features):
-        ctx.save_for_backward(packed, absmax, constants)  # not x: the weight is frozen
+        ctx.save_for_backward(packed, absmax, constants)  # not x: the frozen weight needs no gradient
         ctx.blocks, ctx.round_to, ctx.in_features = blocks, round_to, x.shape[-1]
         return torch.ops.qlora.linear_4bit(x, packed, absmax, constants, blocks, round_to, bias, out_features)
 
@@ -142,13 +149,13 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class FusedLinear4bit(bnb.nn.Linear4bit):
-    """A quantized Linear4bit whose forward is the operation above; made by fuse_linears alone.
+    """A quantized Linear4bit whose forward pass is the operation above. Only fuse_linears() makes one.
 
-    It shares its memory with what it was: PEFT and checkpoints still find weight and quant_state.
+    It shares its memory with the layer it was, so PEFT and checkpoints still find weight and quant_state.
     """
 
     def share_state(self) -> None:
-        """Lay the weight and its quantization state out as the operation takes them."""
+        """Give the weight and its quantization state the layout that the operation takes."""
         packed, absmax, constants, self.blocks, self.round_to = plain_state(self.weight)
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("absmax", absmax, persistent=False)
@@ -165,10 +172,10 @@ class FusedLinear4bit(bnb.nn.Linear4bit):
 
 
 def fuse_linears(model, is_wanted: bool = True) -> str:
-    """Give the model's 4-bit linear layers the fused operation; returns what runs them, "" if there are none.
+    """Give the model's 4-bit linear layers the fused operation; returns what runs them, "" if it has none.
 
-    Chosen once, by trial: the first weight must come out as bitsandbytes dequantizes it, bit for bit.
-    If it is not wanted, without CUDA or Triton, or if the trial fails, bitsandbytes' own path stays.
+    Tried on the first weight, which must come out bit-identical to bitsandbytes' dequantization. Without CUDA
+    or Triton, if the trial fails, or if it is not wanted, bitsandbytes' own path stays.
     """
     layers = [module for module in model.modules() if type(module) is bnb.nn.Linear4bit]
     if not layers:
@@ -179,10 +186,10 @@ def fuse_linears(model, is_wanted: bool = True) -> str:
         return "bitsandbytes (no Triton for the fused kernel)"
     try:
         is_same = _dequantizes_alike(layers[0])
-    except Exception as error:  # whatever a compiler that does not fit the card or the system throws
-        return f"bitsandbytes (the fused kernel fails here: {type(error).__name__})"
+    except Exception as error:  # a compiler that does not fit the GPU or the system throws many types
+        return f"bitsandbytes (the fused kernel fails here: {first_line(error)})"
     if not is_same:
-        return "bitsandbytes (the fused kernel gives other weights here)"
+        return "bitsandbytes (the fused kernel computes other weights here)"
     for layer in layers:
         layer.__class__ = FusedLinear4bit
         layer.share_state()
@@ -191,7 +198,7 @@ def fuse_linears(model, is_wanted: bool = True) -> str:
 
 @torch.no_grad()
 def _dequantizes_alike(layer: bnb.nn.Linear4bit) -> bool:
-    """Whether a layer's weight is the same by both ways; leaves the layer as it is."""
+    """Whether both ways give the layer's weight the same bits; leaves the layer as it is."""
     state, dtype = layer.weight.quant_state, layer.compute_dtype
     ours = dequantize(*plain_state(layer.weight), state.shape, dtype)
     return torch.equal(ours, dequantize_4bit(layer.weight, state).to(dtype))

@@ -1,21 +1,23 @@
 """Packed rows are, to the model, exactly what they are alone."""
 
-import copy
-
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import qlora.speed.attention
 from qlora.data.batch import collate
-from qlora.model.forward import VARLEN
-from qlora.model.loss import has_plain_head, next_token_loss
-from qlora.speed.attention import choose_attention, rows_are_apart
-from tests.model.test_loss import MODELS
+from qlora.model.forward import VARLEN, choose_hidden_states, hidden_states
+from qlora.model.loss import target_logprobs
+from qlora.speed.attention import are_rows_apart, choose_attention, register_varlen
+from tests.model.test_loss import MODELS, gradient, lora
 
-OFF = torch.no_grad  # a context that changes nothing here: rows_are_apart wants one to run in
+OFF = torch.enable_grad  # in place of autocast: a context that changes nothing here
+
+
+@pytest.fixture(autouse=True)
+def varlen_is_registered():
+    register_varlen()
 
 
 def rows_of_ids():
@@ -27,27 +29,16 @@ def rows_of_ids():
         yield ids, labels
 
 
-def lora(config):
-    torch.manual_seed(0)
-    base = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    return get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(name):
     model = lora(MODELS[name][0])
-    assert choose_attention(model, OFF) is not None
-    plain_head = has_plain_head(model)
-
-    def loss_and_gradient(batch):
-        model.zero_grad()
-        loss = next_token_loss(model, batch, plain_head)
+    assert choose_attention(model, OFF) is None
+    rows, results = list(rows_of_ids()), []
+    for packs, pack_length in (([[row] for row in rows], None), ([rows[:2], rows[2:]], 80)):
+        loss = -target_logprobs(model, collate(packs, 0, pack_length), choose_hidden_states(model)).sum()
         loss.backward()
-        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-
-    rows = list(rows_of_ids())
-    want_loss, want = loss_and_gradient(collate([[row] for row in rows], pad_id=0))
-    got_loss, got = loss_and_gradient(collate([rows[:2], rows[2:]], pad_id=0, pack_length=80))
+        results.append((loss.item(), gradient(model)))
+    (want_loss, want), (got_loss, got) = results
     assert got_loss == pytest.approx(want_loss, rel=1e-5)
     assert (got - want).norm() < 1e-5 * want.norm()
 
@@ -70,20 +61,19 @@ def test_a_changed_token_of_one_row_leaves_the_others_bit_identical(name):
 
 
 def test_a_model_that_cannot_keep_rows_apart_is_not_packed():
-    """A recurrent one: its state runs on from row to row."""
+    """A recurrent model carries its state from row to row."""
     config = transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8)
-    torch.manual_seed(0)
-    base = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    assert choose_attention(get_peft_model(base, LoraConfig(target_modules=["in_proj"])), OFF) is None
+    reason = choose_attention(lora(config, target_modules=["in_proj"]), OFF)
+    assert reason.startswith("rows see each other with ")
 
 
-def test_a_trial_that_fails_leaves_the_model_as_it_was(monkeypatch):
+def test_a_trial_that_fails_leaves_the_model_as_it_was_and_says_why(monkeypatch):
     def fail(*_):
-        raise RuntimeError("no kernel for this card")
+        raise RuntimeError("no kernel for this GPU")
 
     model = lora(MODELS["llama"][0]).train()
-    monkeypatch.setattr(qlora.speed.attention, "rows_are_apart", fail)
-    assert choose_attention(model, OFF) is None
+    monkeypatch.setattr(qlora.speed.attention, "are_rows_apart", fail)
+    assert choose_attention(model, OFF) == "sdpa: no kernel for this GPU"
     assert all(module.training for module in model.modules())
     assert model.get_base_model().config._attn_implementation == "sdpa"
 
@@ -99,11 +89,11 @@ def reference_varlen(query, key, value, starts, _, longest, __, scale, window_si
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2, tied", "phi, biased head"])
-def test_variable_length_attention_is_the_models_own(name, monkeypatch):
+def test_variable_length_attention_equals_the_models_own(name, monkeypatch):
     monkeypatch.setattr(qlora.speed.attention, "varlen_attn", reference_varlen)
     model = lora(MODELS[name][0]).eval()
     causal_lm = model.get_base_model()
-    assert rows_are_apart(causal_lm, VARLEN, "sdpa", OFF)
+    assert are_rows_apart(causal_lm, VARLEN, "sdpa", OFF)
     rows = list(rows_of_ids())
     batch = collate([rows[:2], rows[2:]], pad_id=0, pack_length=80)
     padded = collate([[row] for row in rows], pad_id=0)
@@ -111,19 +101,19 @@ def test_variable_length_attention_is_the_models_own(name, monkeypatch):
     for implementation in (VARLEN, "sdpa"):
         causal_lm.set_attn_implementation(implementation)
         with torch.no_grad():
-            results += [next_token_loss(model, each, True).item() for each in (batch, padded)]
+            results += [target_logprobs(model, each, hidden_states).sum().item() for each in (batch, padded)]
     assert results == pytest.approx([results[0]] * 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mistral, sliding window", "gemma2, soft-capped"])
-def test_attention_with_a_window_is_not_left_to_variable_length(name, monkeypatch):
+def test_windowed_attention_is_refused_by_variable_length_attention(name, monkeypatch):
     monkeypatch.setattr(qlora.speed.attention, "varlen_attn", reference_varlen)
     causal_lm = lora(MODELS[name][0]).eval().get_base_model()
     with pytest.raises(ValueError, match="more than a causal mask"):
-        rows_are_apart(causal_lm, VARLEN, causal_lm.config._attn_implementation, OFF)
+        are_rows_apart(causal_lm, VARLEN, causal_lm.config._attn_implementation, OFF)
 
 
-def test_a_model_with_variable_length_attention_still_generates_from_padded_prompts(monkeypatch):
+def test_a_model_with_variable_length_attention_generates_from_padded_prompts(monkeypatch):
     monkeypatch.setattr(qlora.speed.attention, "varlen_attn", None)  # not to be called
     causal_lm = lora(MODELS["llama"][0]).eval().get_base_model()
     ids = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])

@@ -1,4 +1,4 @@
-"""How the layers run changes nothing: compiled, checkpointed, chunked; and nothing is compiled in mid-run."""
+"""Compiled, checkpointed and offloaded layers compute the same; nothing is compiled after the rehearsal."""
 
 import gc
 import json
@@ -18,13 +18,15 @@ import qlora.speed.layers
 import train
 from qlora.model.adapter import add_adapter
 from qlora.model.base import load_tokenizer, trainable_weights
-from qlora.model.forward import VARLEN
-from qlora.model.loss import next_token_loss
+from qlora.model.forward import VARLEN, hidden_states
+from qlora.model.loss import target_logprobs
+from qlora.speed.attention import register_varlen
 from qlora.speed.graphs import run_without_waiting
 from qlora.speed.layers import decoder_layers, set_up_layers
-from tests.test_gpu import ROWS as CARD_ROWS
-from tests.test_gpu import on_card, packed_model
-from tests.test_train import metrics
+from tests.data.test_stream import use_windows
+from tests.results import metrics
+from tests.test_gpu import ROWS as GPU_ROWS
+from tests.test_gpu import on_gpu, packed_model
 
 SIZES = {
     "vocab_size": 448, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
@@ -47,13 +49,13 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def no_code_generation(monkeypatch):
-    """Without a card the compiler only traces: the graphs are what matters, and no C++ compiler is needed."""
+    """Without a GPU, only trace: the graphs are what matters, and no C++ compiler is needed."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(qlora.speed.layers, "COMPILER", "aot_eager")
     torch._dynamo.reset()
 
 
-def hidden_states(causal_lm) -> torch.Tensor:
+def last_hidden(causal_lm) -> torch.Tensor:
     ids = torch.arange(18, device=causal_lm.device).view(2, 9)
     return causal_lm.model(ids, use_cache=False).last_hidden_state
 
@@ -69,15 +71,17 @@ def test_the_fast_path_has_the_losses_of_the_plain_one(run, base, tmp_path, monk
     before = counters["stats"]["unique_graphs"]
     _, fast = run(flags, "--compile --gradient_checkpointing 1", model=str(tmp_path / "model"), out="fast")
     assert counters["stats"]["unique_graphs"] > before
-    monkeypatch.setattr(train, "has_plain_head", lambda model: False)  # the model's own forward, all logits
+    monkeypatch.setattr(
+        train, "choose_hidden_states", lambda model: None
+    )  # the model's own forward, all logits
     _, plain = run(flags, "--gradient_checkpointing none", model=str(tmp_path / "model"), out="plain")
     losses = [[line["loss"] for line in metrics(folder)] for folder in (fast, plain)]
     assert losses[1][-1] < losses[1][0] - 0.1  # something was learned
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_compiled_layer_keeps_nothing_that_elementwise_operations_make_again(monkeypatch):
-    """The MLP's product goes into a LoRA matrix: its gradient needs it, but two kept tensors make it."""
+def test_a_compiled_layer_keeps_nothing_that_elementwise_operations_can_recompute(monkeypatch):
+    """The gradient of a LoRA matrix needs the MLP's product, which follows from two tensors that are kept."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(qlora.speed.layers, "COMPILER", "aot_eager_decomp_partition")
     causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
@@ -91,15 +95,15 @@ def test_a_compiled_layer_keeps_nothing_that_elementwise_operations_make_again(m
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = hidden_states(causal_lm)
+        hidden = last_hidden(causal_lm)
     hidden.sum().backward()
     assert len(kept) == 2 * SIZES["num_hidden_layers"]
     assert all(weight.grad is not None for _, weight in trainable_weights(model))
 
 
-def test_a_checkpointed_layer_computes_neither_its_attention_nor_its_last_product_again(monkeypatch):
-    """Its backward pass has the products that it has otherwise, and those of the forward pass but one, which
-    is only added to its input."""
+def test_a_checkpointed_layer_recomputes_neither_its_attention_nor_its_last_product(monkeypatch):
+    """Its backward pass has the products of any backward pass, and those of the forward pass except one,
+    which is only added to the layer's input."""
     backward = []
 
     def note(graph, inputs):
@@ -117,7 +121,7 @@ def test_a_checkpointed_layer_computes_neither_its_attention_nor_its_last_produc
     for checkpointed in (0, 3):
         backward.clear()
         set_up_layers(decoder_layers(causal_lm), checkpointed, compile=True)
-        hidden = hidden_states(causal_lm)
+        hidden = last_hidden(causal_lm)
         hidden.sum().backward()
         targets = backward[0]  # of the last layer, whose input needs a gradient
         assert [target for target in targets if "attention" in target and "backward" not in target] == []
@@ -128,7 +132,7 @@ def test_a_checkpointed_layer_computes_neither_its_attention_nor_its_last_produc
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Graphs compiled so far: [at the end of the rehearsal], to compare with those at the end of the run."""
+    """[the number of graphs compiled when the rehearsal ends], to compare with that at the end of the run."""
     graphs, plan_layers = [], train.plan_layers
 
     def planned(*arguments):
@@ -145,7 +149,7 @@ FULL_RUN = "--compile --num_train_epochs 3 --eval_steps 1 --save_steps 2 --lora_
 
 @pytest.mark.parametrize("flags", ["--packing --max_length 64", "", "--streaming --max_steps 20"])
 def test_nothing_is_compiled_after_the_rehearsal(run, rows_file, compiled, flags):
-    """With evaluations, checkpoints and epochs that end in a short batch."""
+    """Even with evaluations, checkpoints and epochs that end in a short batch."""
     flags += " --per_device_train_batch_size 2 --gradient_checkpointing 1"
     _, folder = run(FULL_RUN, flags, "--validation_dataset", rows_file)
     assert compiled[0] > 0 and counters["stats"]["unique_graphs"] == compiled[0]
@@ -153,7 +157,7 @@ def test_nothing_is_compiled_after_the_rehearsal(run, rows_file, compiled, flags
 
 
 def test_a_stream_whose_rows_get_shorter_keeps_its_shape(run, tmp_path, monkeypatch, compiled):
-    """With an attention that reads where rows start, as that on a card does."""
+    """With attention that reads where rows start, as on a GPU."""
 
     def varlen(query, key, value, starts, *arguments, scale, **kwargs):
         place = torch.arange(len(query))
@@ -164,13 +168,13 @@ def test_a_stream_whose_rows_get_shorter_keeps_its_shape(run, tmp_path, monkeypa
         return mixed[0].transpose(0, 1)
 
     def choose(model, autocast):
+        register_varlen()
         model.get_base_model().set_attn_implementation(VARLEN)
-        return VARLEN
+        return None
 
     monkeypatch.setattr("qlora.speed.attention.varlen_attn", varlen)
     monkeypatch.setattr(train, "choose_attention", choose)
-    for module in ("prepare", "loader"):
-        monkeypatch.setattr(f"qlora.data.{module}.STREAM_WINDOW", 40)
+    use_windows(monkeypatch, 40)
     rows = tmp_path / "shrinking.jsonl"
     words = "a red leaf and a green cloud over a blue river by a white stone house".split()
     texts = [" ".join((words * 3)[: length + row % 3]) for length in (36, 20, 7, 1) for row in range(40)]
@@ -182,7 +186,7 @@ def test_a_stream_whose_rows_get_shorter_keeps_its_shape(run, tmp_path, monkeypa
 
 @pytest.fixture
 def fake_streams(monkeypatch):
-    """Copies to the host and back in place: what is left to test is which tensor comes back when."""
+    """Copies to the host and back happen in place: this leaves to test which tensor comes back when."""
     stream = SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: None)
     empty_like = torch.empty_like
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
@@ -199,7 +203,7 @@ def fake_streams(monkeypatch):
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 0, 1, 0]])  # also layers that run several times
 @pytest.mark.parametrize("checkpointed", [1, 3, 4])
-def test_what_is_offloaded_comes_back_to_its_layer(fake_streams, monkeypatch, order, checkpointed, compile):
+def test_offloaded_tensors_come_back_to_their_layer(fake_streams, monkeypatch, order, checkpointed, compile):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 4}))
     layers = decoder_layers(model)
@@ -213,7 +217,7 @@ def test_what_is_offloaded_comes_back_to_its_layer(fake_streams, monkeypatch, or
         given_back = keep(host, layer, tensor)
         del tensor
         alive = sum(reference() is not None for reference in held)
-        assert alive <= 2 * tensors + 1, "those of more than two layers are on the device"
+        assert alive <= 2 * tensors + 1, "tensors of more than two layers are on the device"
         return given_back
 
     monkeypatch.setattr(qlora.speed.layers.HostActivations, "keep", watched)
@@ -236,7 +240,7 @@ def test_what_is_offloaded_comes_back_to_its_layer(fake_streams, monkeypatch, or
 
 @pytest.fixture
 def alive(fake_streams, monkeypatch):
-    """References to all that layers keep: those that still lead somewhere are alive."""
+    """A function that counts the KeptByLayer objects that are still alive."""
     references, init = [], qlora.speed.layers.KeptByLayer.__init__
 
     def made(self):
@@ -252,20 +256,20 @@ def test_layers_before_the_first_trained_one_keep_nothing(alive, compile):
     causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
     add_adapter(causal_lm, 4, 8, 0.0, ["layers.2.self_attn.q_proj"], False, False)
     set_up_layers(decoder_layers(causal_lm), 3, offload=True, compile=compile)
-    hidden = hidden_states(causal_lm)
+    hidden = last_hidden(causal_lm)
     assert alive() == 1
     hidden.sum().backward()
     del hidden
     assert alive() == 0
 
 
-def test_a_pass_that_failed_leaves_nothing_to_the_next_choice(alive):
+def test_a_failed_forward_pass_leaves_nothing_behind(alive):
     causal_lm = transformers.LlamaForCausalLM(FAMILIES["llama"])
     layers = decoder_layers(causal_lm)
     set_up_layers(layers, 3, offload=True)
     hook = layers[2].mlp.register_forward_pre_hook(lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        hidden_states(causal_lm)
+        last_hidden(causal_lm)
     hook.remove()
     assert alive() > 0
     gc.disable()
@@ -277,7 +281,7 @@ def test_a_pass_that_failed_leaves_nothing_to_the_next_choice(alive):
 
 
 def random_adapter(causal_lm, dropout: float) -> list[torch.nn.Parameter]:
-    """Add an adapter whose matrices are all random; returns those."""
+    """Add an adapter with random matrices, and return them."""
     model = add_adapter(causal_lm, 4, 8, dropout, ["q_proj", "v_proj"], False, False).train()
     weights = [weight for _, weight in trainable_weights(model)]
     for weight in weights:
@@ -286,11 +290,11 @@ def random_adapter(causal_lm, dropout: float) -> list[torch.nn.Parameter]:
 
 
 def gradient(causal_lm, weights) -> torch.Tensor:
-    hidden = hidden_states(causal_lm)
+    hidden = last_hidden(causal_lm)
     return torch.cat([part.flatten() for part in torch.autograd.grad(hidden[..., 0].sum(), weights)])
 
 
-def test_a_checkpointed_layer_whose_keys_a_later_one_reads_is_compiled():
+def test_a_checkpointed_layer_whose_keys_are_shared_can_be_compiled():
     torch.manual_seed(0)
     config = transformers.Gemma4TextConfig(
         **SIZES, head_dim=16, global_head_dim=16, sliding_window=16, num_kv_shared_layers=1,
@@ -307,7 +311,7 @@ def test_a_checkpointed_layer_whose_keys_a_later_one_reads_is_compiled():
     assert plain.norm() > 1 and torch.allclose(plain, compiled, rtol=1e-4, atol=1e-5)
 
 
-def test_checkpointed_layers_drop_the_same_numbers_out_again(hidden_size=64):
+def test_checkpointed_layers_repeat_their_dropout(hidden_size=64):
     torch.manual_seed(0)
     causal_lm = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**SIZES | {"hidden_size": hidden_size})
@@ -318,7 +322,7 @@ def test_checkpointed_layers_drop_the_same_numbers_out_again(hidden_size=64):
     found = []
     for checkpointed in (0, 3):
         set_up_layers(decoder_layers(causal_lm), checkpointed, compile=True)
-        for _ in range(2):  # not as the device was left by tracing
+        for _ in range(2):  # tracing draws other numbers
             torch.manual_seed(1)
             last = gradient(causal_lm, weights)
         found.append(last)
@@ -326,13 +330,13 @@ def test_checkpointed_layers_drop_the_same_numbers_out_again(hidden_size=64):
 
 
 @pytest.mark.gpu
-def test_checkpointed_layers_drop_the_same_numbers_out_again_on_a_card():
-    # Triton 3.6 cannot compile these layers in float32 if they are 64 wide ("operand #0 does not dominate
-    # this use", a defect of its own); training then goes on without the compiler.
-    test_checkpointed_layers_drop_the_same_numbers_out_again(hidden_size=256)
+def test_checkpointed_layers_repeat_their_dropout_on_a_gpu():
+    # Triton 3.6 cannot compile 64 wide layers in float32 ("operand #0 does not dominate this use", a defect
+    # of its own); training then falls back to uncompiled layers.
+    test_checkpointed_layers_repeat_their_dropout(hidden_size=256)
 
 
-def test_only_the_decoders_layers_are_meant():
+def test_layers_of_a_vision_encoder_are_not_decoder_layers():
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
     config = transformers.Gemma3Config(text_config=SIZES | {"head_dim": 16}, vision_config=vision)
@@ -343,22 +347,22 @@ def test_only_the_decoders_layers_are_meant():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("flags", ["--packing --max_length 64", "", "--packing --max_length 24"])
-def test_nothing_is_compiled_after_the_rehearsal_on_a_card(run, rows_file, compiled, flags):
+def test_nothing_is_compiled_after_the_rehearsal_on_a_gpu(run, rows_file, compiled, flags):
     test_nothing_is_compiled_after_the_rehearsal(run, rows_file, compiled, f"{flags} --dtype float16")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("packs", [[CARD_ROWS[:2], CARD_ROWS[2:]], [[CARD_ROWS[0]], [CARD_ROWS[2]]]])
+@pytest.mark.parametrize("packs", [[GPU_ROWS[:2], GPU_ROWS[2:]], [[GPU_ROWS[0]], [GPU_ROWS[2]]]])
 def test_the_host_does_not_wait_for_the_device_inside_a_micro_batch(packs, compile):
-    model, attention, autocast = packed_model(torch.bfloat16)
-    assert attention == VARLEN
+    model, autocast = packed_model(torch.bfloat16)
+    assert model.config._attn_implementation == VARLEN
     set_up_layers(decoder_layers(model.get_base_model()), 1, offload=True, compile=compile)
-    batch = on_card(packs, pack_length=128)
+    batch = on_gpu(packs, pack_length=128)
 
     def micro_batch():
         with autocast():
-            loss = next_token_loss(model, batch, plain_head=True)
+            loss = -target_logprobs(model, batch, hidden_states).sum()
         loss.backward()
 
     micro_batch()  # the first time, libraries set themselves up

@@ -1,28 +1,36 @@
-"""Which layers are checkpointed: the plan, what is said if nothing fits; a rehearsal leaves no trace."""
+"""Which layers are checkpointed, the advice if nothing fits, and rehearsals, which leave no trace."""
 
+import random
 import weakref
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 import qlora.speed.layers
-import qlora.speed.plan
-from qlora.data.batch import BatchShape
+import train
+from qlora.data.batch import BatchShape, to_device, worst_batch
 from qlora.errors import InputError
 from qlora.model.adapter import add_adapter
 from qlora.model.base import load_base, trainable_weights
-from qlora.optim.optimizer import FlatParameters, build_optimizer, optimizer_tensors
-from qlora.speed.layers import decoder_layers
-from qlora.speed.plan import GB, Plan, Rehearsal, choose_plan, largest_step, plan_layers
-from tests.test_train import metrics
+from qlora.model.forward import hidden_states
+from qlora.model.loss import target_logprobs
+from qlora.optim.flat import FlatParameters
+from qlora.optim.optimizer import build_optimizer, optimizer_tensors
+from qlora.speed.memory import GB
+from qlora.speed.plan import Plan, choose_plan, largest_step, plan_layers
+from qlora.speed.rehearsal import Rehearsal
+from tests.results import metrics
 
 LAYERS = 32
 
 
 def needs(checkpointed: int, offload: bool) -> int:
-    """A model of a 7B step, in units of a layer's input: 40 of weights, and 11 for a layer that is kept."""
+    """The memory of a 7B step in units of a layer's input: 40 for weights, 11 for a layer not
+    checkpointed."""
     kept = LAYERS - checkpointed
     return 40 + 11 * max(kept, 1) + (0 if offload else checkpointed)
 
@@ -49,32 +57,40 @@ def test_auto_is_the_fewest_layers_that_fit(limit, offload):
 
 
 @pytest.mark.parametrize("checkpointing, count", [("all", 32), ("none", 0), ("7", 7), ("32", 32), ("0", 0)])
-def test_a_given_number_is_kept(checkpointing, count):
+def test_a_given_number_of_layers_is_checkpointed(checkpointing, count):
     assert choose_plan(needs, LAYERS, checkpointing, "auto", 10_000).checkpointed == count
     assert choose_plan(needs, LAYERS, checkpointing, "off", 50) is None
 
 
-def test_a_given_number_is_offloaded_only_if_it_must():
+def test_a_given_number_is_offloaded_only_if_it_does_not_fit_otherwise():
     assert not choose_plan(needs, LAYERS, "all", "auto", needs(32, False)).offload
     assert choose_plan(needs, LAYERS, "all", "auto", needs(32, False) - 1).offload
     assert choose_plan(needs, LAYERS, "all", "on", 10_000).offload
     assert choose_plan(needs, LAYERS, "none", "auto", needs(0, False) - 1) is None
 
 
-def test_the_plan_reads_as_what_it_is():
+def test_a_plan_describes_itself():
     assert Plan(0, 32, False, 1, 2).describe() == "none of 32 layers checkpointed"
     assert Plan(32, 32, True, 1, 2).describe() == "all of 32 layers checkpointed and offloaded to the host"
     assert Plan(5, 32, False, 1, 2).describe() == "5 of 32 layers checkpointed"
 
 
 def a_rehearsal(model, compile=False, packs=2, length=16, optim="adamw_8bit") -> Rehearsal:
-    flat = FlatParameters([parameter for _, parameter in trainable_weights(model)])
-    optimizer = build_optimizer(optim, flat.vector, 0.1, (0.9, 0.999), 1e-8)
+    groups = [{"params": trainable_weights(model), "lr_multiple": 1.0, "weight_decay": 0.1}]
+    flat = FlatParameters(groups)
+    optimizer = build_optimizer(optim, flat.groups, (0.9, 0.999), 1e-8)
     autocast = partial(torch.autocast, model.device.type, enabled=False)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=False)
+    train_batch = partial(train.forward_backward, model, autocast=autocast, scaler=scaler)
     shape = BatchShape(packs, length, is_packed=True, starts=16)
     return Rehearsal(
-        model, decoder_layers(model.get_base_model()), flat, optimizer, autocast, True, compile, shape, True
-    )
+        model, flat, optimizer, train_batch, hidden_states, autocast, shape, has_many_micro_batches=True,
+        compile=compile,
+    )  # fmt: skip
+
+
+def weights(rehearsal: Rehearsal) -> torch.Tensor:
+    return torch.cat([vector.detach().clone() for vector in rehearsal.flat.vectors])
 
 
 @pytest.fixture
@@ -84,27 +100,49 @@ def model(base):
     return add_adapter(base, 4, 8, 0.5, ["q_proj", "v_proj"], False, False).train()
 
 
+def failing(error: BaseException):
+    """A loop whose loss raises an error."""
+
+    def train_batch(batch, step_targets, hidden_states):
+        raise error
+
+    return train_batch
+
+
 @pytest.mark.parametrize(
     "limit, largest", [(150, (7, 512)), (70, (2, 512)), (60, (1, 512)), (44, (1, 448)), (31, None)]
 )
 def test_the_largest_step_that_fits_is_found(model, monkeypatch, limit, largest):
-    def peak(self, checkpointed, offload):
+    def peak_bytes(self, checkpointed, offload):
         assert checkpointed == 2 and offload
         return 30 + self.shape.packs * self.shape.length // 32  # 16 for each pack of 512
 
-    monkeypatch.setattr(Rehearsal, "peak", peak)
+    monkeypatch.setattr(Rehearsal, "peak_bytes", peak_bytes)
     assert largest_step(a_rehearsal(model, packs=8, length=512), True, limit) == largest
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch"])
 def test_a_rehearsal_leaves_no_trace(model, optim):
     rehearsal = a_rehearsal(model, optim=optim)
-    weights, random = rehearsal.flat.vector.detach().clone(), torch.get_rng_state()
-    assert rehearsal.peak(1, False) == 0  # nothing is measured without a card
-    assert torch.equal(rehearsal.flat.vector, weights)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(parameter.grad is None for parameter in (rehearsal.flat.vector, *rehearsal.flat.parameters))
+    before, random_state = weights(rehearsal), torch.get_rng_state()
+    assert rehearsal.peak_bytes(1, False) == 0  # nothing is measured without a GPU
+    assert torch.equal(weights(rehearsal), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in (*rehearsal.flat.vectors, *rehearsal.flat.parameters))
     assert not any(tensor.any() for tensor in optimizer_tensors(rehearsal.optimizer).values())
+
+
+def test_the_loops_own_forward_and_backward_pass_is_rehearsed_on_the_largest_batch(model):
+    rehearsal = a_rehearsal(model, packs=3, length=24)
+    batches, loops_own = [], rehearsal.train_batch
+
+    def train_batch(batch, step_targets, hidden_states):
+        batches.append((tuple(batch["input_ids"].shape), step_targets))
+        return loops_own(batch, step_targets, hidden_states)
+
+    rehearsal.train_batch = train_batch
+    rehearsal.peak_bytes(0, False)
+    assert batches == [((3, 24), 3 * 23)]  # in each pack every token but the first is a target
 
 
 def test_a_model_whose_layers_cannot_be_checkpointed_is_refused():
@@ -115,7 +153,7 @@ def test_a_model_whose_layers_cannot_be_checkpointed_is_refused():
     assert plan_layers(a_rehearsal(model), "auto", "auto", None).layers == 0
 
 
-def test_more_layers_than_there_are_are_refused(model):
+def test_more_layers_than_the_model_has_are_refused(model):
     with pytest.raises(InputError, match="--gradient_checkpointing 3: this model has 2 layers"):
         plan_layers(a_rehearsal(model), "3", "auto", None)
 
@@ -123,88 +161,136 @@ def test_more_layers_than_there_are_are_refused(model):
 @pytest.mark.parametrize(
     "flag", ["--plan_only", "--memory_limit_gb 8", "--offload_activations on", "--cuda_graphs --packing"]
 )
-def test_what_needs_a_card_is_refused_without_one(run, flag, tmp_path):
-    with pytest.raises(InputError, match=f"{flag.split()[0]}.* needs a CUDA device"):
+def test_flags_that_need_a_gpu_are_refused_without_one(run, flag, tmp_path):
+    with pytest.raises(InputError, match=f"{flag.split()[0]}.* needs a CUDA GPU"):
         run(flag)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_compiler_that_fails_costs_one_line(run, monkeypatch, capsys):
+@pytest.fixture
+def no_compiler(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(qlora.speed.layers, "COMPILER", broken)
     torch._dynamo.reset()
+
+
+def test_a_compiler_that_fails_costs_one_line(run, no_compiler, capsys):
     _, folder = run("--max_steps 2 --logging_steps 1 --compile", out="broken")
     out = capsys.readouterr().out
-    assert out.count("cannot be compiled") == 1 and "; not compiled;" in out
+    assert out.count("cannot be compiled here (") == 1 and "; not compiled;" in out
     _, plain = run("--max_steps 2 --logging_steps 1", out="plain")
     assert [line["loss"] for line in metrics(folder)] == [line["loss"] for line in metrics(plain)]
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_mistake_in_the_loss_is_not_blamed_on_the_compiler(model, capsys, compile):
+    rehearsal = a_rehearsal(model, compile=compile)
+    rehearsal.train_batch = failing(TypeError("my own mistake"))
+    with pytest.raises(TypeError, match="my own mistake"):
+        rehearsal.peak_bytes(1, False)
+    if compile:  # else nothing runs before the first step, without a GPU
+        with pytest.raises(TypeError, match="my own mistake"):
+            plan_layers(rehearsal, "auto", "auto", None)
+    assert "compiled" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("message", ["CUDA out of memory.", "CUBLAS_STATUS_ALLOC_FAILED when calling"])
 @pytest.mark.parametrize("is_wrapped", [False, True])
-def test_any_error_of_memory_is_a_step_that_does_not_fit(model, monkeypatch, message, is_wrapped):
-    def fail():
-        if is_wrapped:
-            raise RuntimeError("backend failed") from RuntimeError(message)
-        raise RuntimeError(message)
-
+def test_any_kind_of_running_out_of_memory_means_that_the_step_does_not_fit(model, message, is_wrapped):
+    error = RuntimeError(message)
+    if is_wrapped:
+        error = RuntimeError("backend failed")
+        error.__cause__ = RuntimeError(message)
     rehearsal = a_rehearsal(model)
-    monkeypatch.setattr(rehearsal.flat, "gather_gradients", fail)
-    assert rehearsal.peak(1, False) is None
+    rehearsal.train_batch = failing(error)
+    assert rehearsal.peak_bytes(1, False) is None
     assert all(parameter.grad is None for parameter in rehearsal.flat.parameters)
 
 
-def test_another_error_in_a_rehearsal_is_not_hidden(model, monkeypatch):
-    rehearsal = a_rehearsal(model)
-    monkeypatch.setattr(rehearsal.flat, "gather_gradients", lambda: int("no number"))
-    with pytest.raises(ValueError, match="no number"):
-        rehearsal.peak(1, False)
-
-
-def test_nothing_of_a_failed_compilation_is_left_when_the_plan_is_made_again(run, monkeypatch):
-    """Else the second plan would be measured beside the activations of the first."""
-
-    def broken(graph, inputs):
-        raise RuntimeError("no compiler here")
-
+def test_nothing_of_a_failed_compilation_is_left_when_the_plan_is_made_again(model, no_compiler, monkeypatch):
+    """Otherwise the second plan would be measured with the activations of the first in memory."""
     batches, alive = [], []
-    make = Rehearsal._batch
+    rehearsal = a_rehearsal(model, compile=True)
+    loops_own = rehearsal.train_batch
 
-    def batch(self):
-        made = make(self)
-        batches.append(weakref.ref(made["input_ids"]))
-        return made
+    def train_batch(batch, step_targets, hidden_states):
+        batches.append(weakref.ref(batch["input_ids"]))
+        return loops_own(batch, step_targets, hidden_states)
 
     def choose(*arguments):
         alive.append([reference() is not None for reference in batches])
         return choose_plan(*arguments)
 
-    monkeypatch.setattr(qlora.speed.layers, "COMPILER", broken)
-    monkeypatch.setattr(Rehearsal, "_batch", batch)
+    rehearsal.train_batch = train_batch
     monkeypatch.setattr(qlora.speed.plan, "choose_plan", choose)
-    torch._dynamo.reset()
-    run("--max_steps 1 --compile")
+    plan_layers(rehearsal, "auto", "auto", None)
     assert alive == [[], [False]]
 
 
-def test_an_evaluation_is_rehearsed_beside_the_step(model, monkeypatch):
-    seen, loss = [], qlora.speed.plan.next_token_loss
+def test_a_plan_leaves_the_rehearsal_as_it_was(model, no_compiler):
+    rehearsal = a_rehearsal(model, compile=True)
+    assert not plan_layers(rehearsal, "auto", "auto", None).is_compiled
+    assert rehearsal.compile
 
-    def watched(model, batch, *arguments):
-        seen.append((model.training, torch.is_grad_enabled(), tuple(batch["input_ids"].shape)))
-        return loss(model, batch, *arguments)
 
-    monkeypatch.setattr(qlora.speed.plan, "next_token_loss", watched)
+def test_a_rehearsal_leaves_every_random_state(model):
     rehearsal = a_rehearsal(model)
-    rehearsal.evaluates = 3, 21
-    rehearsal.peak(0, False)
-    assert seen[1:] == [(False, False, (3, 24))] and seen[0][:2] == (True, True)
-    assert model.training
+    loops_own = rehearsal.train_batch
+
+    def train_batch(*arguments):
+        random.random(), np.random.rand(), torch.rand(1)
+        return loops_own(*arguments)
+
+    def states():
+        return random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()
+
+    before, rehearsal.train_batch = states(), train_batch
+    rehearsal.peak_bytes(0, False)
+    assert states() == before
 
 
-# ---------------------------------------------------------------- on a card
+def test_the_largest_step_is_given_in_what_the_flag_counts(model, monkeypatch):
+    """In examples/dpo.py, a pair is two rows."""
+    monkeypatch.setattr(Rehearsal, "peak_bytes", lambda self, *_: self.shape.packs * self.shape.length)
+    rehearsal = replace(a_rehearsal(model, packs=8, length=512), rows_per_example=2)
+    assert largest_step(rehearsal, True, limit=5 * 512) == (2, 512)
+    assert largest_step(rehearsal, True, limit=512) == (1, 256)
+
+
+def test_the_advice_fits_a_model_whose_layers_cannot_be_checkpointed(model, monkeypatch):
+    monkeypatch.setattr(Rehearsal, "peak_bytes", lambda self, *_: self.shape.packs * self.shape.length)
+    rehearsal = a_rehearsal(model, packs=8, length=512)
+    with_layers = qlora.speed.plan._advise(rehearsal, "auto", False, 1024)
+    assert "all layers checkpointed: --per_device_train_batch_size 2 --max_length 512" in with_layers
+    rehearsal.layers = []
+    without_layers = qlora.speed.plan._advise(rehearsal, "none", False, 1024)
+    assert "checkpointed" not in without_layers and "--per_device_train_batch_size 2" in without_layers
+
+
+def test_no_optimizer_state_is_left_if_even_that_does_not_fit(model, monkeypatch):
+    rehearsal = a_rehearsal(model, optim="adamw_torch")
+    step = rehearsal.optimizer.step
+
+    def runs_out():
+        step()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rehearsal.optimizer, "step", runs_out)
+    assert rehearsal.peak_bytes(1, False) is None
+    assert not rehearsal.optimizer.state
+
+
+def test_an_evaluation_is_rehearsed_after_the_step(model):
+    modes = []
+    rehearsal = a_rehearsal(model)
+    rehearsal.evaluate = lambda: modes.append([p.grad is None for p in rehearsal.flat.vectors])
+    rehearsal.peak_bytes(0, False)
+    assert modes == [[True]]  # once, when the step's gradients are gone
+
+
+# ---------------------------------------------------------------- on a GPU
 
 
 @pytest.fixture
@@ -222,32 +308,38 @@ def large_model():
 
 
 @pytest.mark.gpu
-def test_fewer_layers_checkpointed_take_more_memory_and_offloading_takes_less(large_model):
+def test_checkpointing_more_layers_takes_less_memory_and_offloading_even_less(large_model):
     rehearsal = a_rehearsal(large_model, packs=4, length=2048)
     none, half, all_, offloaded = (
-        rehearsal.peak(*choice) for choice in ((0, False), (5, False), (10, False), (10, True))
+        rehearsal.peak_bytes(*choice) for choice in ((0, False), (5, False), (10, False), (10, True))
     )
     assert none > half > all_ > offloaded
     hidden = 4 * 2048 * 512 * 2
-    assert all_ - offloaded > 7 * hidden  # of ten inputs, two or three are on the card at a time
+    assert all_ - offloaded > 7 * hidden  # of ten inputs, two or three are on the GPU at a time
 
 
 @pytest.mark.gpu
-def test_an_evaluation_that_needs_more_than_the_step_is_what_the_plan_counts(large_model):
+def test_the_plan_counts_an_evaluation_that_needs_more_than_the_step(large_model):
     rehearsal = a_rehearsal(large_model, packs=1, length=256)
-    step = rehearsal.peak(10, False)
-    rehearsal.evaluates = 32, 2048
-    assert rehearsal.peak(10, False) > 2 * step - torch.cuda.memory_allocated()
+    step = rehearsal.peak_bytes(10, False)
+    evaluation = to_device(worst_batch(BatchShape(32, 2048, False, 0), 512), large_model.device)
+
+    @torch.no_grad()
+    def evaluate():
+        target_logprobs(large_model, evaluation, hidden_states)
+
+    rehearsal.evaluate = evaluate
+    assert rehearsal.peak_bytes(10, False) > 2 * step - torch.cuda.memory_allocated()
 
 
 @pytest.mark.gpu
-def test_the_plan_fits_the_memory_it_was_made_for_and_a_larger_step_says_what_would(large_model):
+def test_the_plan_fits_its_limit_and_the_advice_for_a_larger_step_is_right(large_model):
     rehearsal = a_rehearsal(large_model, packs=4, length=2048)
-    none, all_ = rehearsal.peak(0, False), rehearsal.peak(10, False)
+    none, all_ = rehearsal.peak_bytes(0, False), rehearsal.peak_bytes(10, False)
     limit = (none + all_) // 2
-    plan = choose_plan(rehearsal.peak, 10, "auto", "auto", limit)
+    plan = choose_plan(rehearsal.peak_bytes, 10, "auto", "auto", limit)
     assert 0 < plan.checkpointed < 10 and plan.peak_bytes <= limit
-    assert rehearsal.peak(plan.checkpointed - 1, False) > limit
+    assert rehearsal.peak_bytes(plan.checkpointed - 1, False) > limit
     packs, length = largest_step(rehearsal, False, (all_ + torch.cuda.memory_allocated()) // 2)
     assert length == 2048 and packs in (1, 2)
     free, total = torch.cuda.mem_get_info()
@@ -264,16 +356,16 @@ def test_the_plan_fits_the_memory_it_was_made_for_and_a_larger_step_says_what_wo
 @pytest.mark.parametrize("compile", [False, True])
 def test_checkpointed_and_offloaded_layers_have_the_gradient_of_plain_ones(large_model, compile):
     rehearsal = a_rehearsal(large_model, compile, packs=2, length=256)
-    torch.nn.init.normal_(rehearsal.flat.vector, std=0.02)  # B starts at 0, which leaves A without a gradient
-    gradients = []
-    monkey = rehearsal.flat.gather_gradients
+    for vector in rehearsal.flat.vectors:
+        torch.nn.init.normal_(vector, std=0.02)  # B starts at 0, which leaves A without a gradient
+    gradients, loops_own = [], rehearsal.train_batch
 
-    def keep():
+    def train_batch(batch, step_targets, hidden_states):
+        loops_own(batch, step_targets, hidden_states)
         gradients.append([parameter.grad.clone() for parameter in rehearsal.flat.parameters])
-        monkey()
 
-    rehearsal.flat.gather_gradients = keep
+    rehearsal.train_batch = train_batch
     for choice in ((0, False), (10, False), (10, True), (4, True)):
-        rehearsal.peak(*choice)
+        rehearsal.peak_bytes(*choice)
     for other in gradients[1:]:
         assert all(torch.equal(*pair) for pair in zip(gradients[0], other))

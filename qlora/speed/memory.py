@@ -1,0 +1,43 @@
+"""GPU memory: how much a run may take, and which errors mean that there was too little."""
+
+import re
+
+import torch
+
+from qlora.errors import InputError
+
+GB = 2**30
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+MARGIN = 0.05  # of the memory, kept free: gaps between blocks that the allocator cannot use
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out: an error of Python, PyTorch, cuBLAS or Triton, perhaps wrapped by Dynamo."""
+    while error is not None:
+        if isinstance(error, OUT_OF_MEMORY) or re.search("out of memory|ALLOC_FAILED", str(error)):
+            return True
+        error = error.__cause__ or getattr(error, "inner_exception", None)
+    return False
+
+
+def limit_memory(limit_gb: float | None) -> int:
+    """Bytes that the tensors of this process may take; with `limit_gb`, as on a GPU of that many GB.
+
+    Subtracts what CUDA and other processes use, and MARGIN. With `limit_gb` PyTorch will not allocate more.
+    Raises InputError if the model alone takes as much.
+    """
+    free, total = torch.cuda.mem_get_info()
+    used_by_others = total - free - torch.cuda.memory_reserved()
+    if limit_gb is None:
+        return int((total - used_by_others) * (1 - MARGIN))
+    if limit_gb * GB > total:
+        print(f"--memory_limit_gb {limit_gb:g}: this GPU's {total / GB:.1f} GB are the limit.")
+    limit = min(limit_gb * GB, total) - used_by_others
+    if limit <= torch.cuda.memory_allocated():
+        raise InputError(
+            f"--memory_limit_gb {limit_gb:g}: the model takes {torch.cuda.memory_allocated() / GB:.2f} GB, "
+            f"CUDA and other processes {used_by_others / GB:.2f} GB"
+        )
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    return int(limit * (1 - MARGIN))
