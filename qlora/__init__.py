@@ -1,8 +1,6 @@
 import logging
-import warnings
 
-# Set here because it must be in force before bitsandbytes and peft are first imported. Two messages concern
-# neither the user nor this code: an optional inference kernel of bitsandbytes on CPUs with AVX512-BF16, which
-# training turns off (qlora/model/base.py), and a name that peft still uses in transformers.
+# The one thing done on import, as it must come before the first import of bitsandbytes: on CPUs with
+# AVX512-BF16 it warns that an optional inference kernel is missing, which training turns off
+# (qlora/model/base.py).
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -1,20 +1,22 @@
-"""What the commands for a trained adapter share: their flags as it was trained, and the base it is put on."""
+"""Shared by the commands that use a trained adapter: the training's settings as defaults, and the base."""
 
 import sys
 from functools import partial
 
 import torch
 
-from qlora.config import AdaptedModel, parse_args
+from qlora.config import KEPT_SETTINGS, AdapterFlags
+from qlora.errors import InputError
+from qlora.flags import parse_args
 from qlora.model.adapter import SETTINGS, check_adapter, check_base, load_settings
 from qlora.model.base import load_base
 from qlora.run.fingerprint import base_fingerprint
 
 
 def parse_for_adapter(config_class, argv: list[str] | None = None, program: str | None = None):
-    """The command line of a `config_class` with --adapter; what it leaves open is as the adapter was trained.
+    """Parse the command line into `config_class`; flags that are not given are as in the adapter's training.
 
-    Raises InputError if there is no such adapter.
+    Raises InputError if the adapter does not exist or its settings are incomplete.
     """
     config = parse_args(config_class, argv, program=program)
     if not config.adapter:
@@ -22,30 +24,35 @@ def parse_for_adapter(config_class, argv: list[str] | None = None, program: str 
     check_adapter(config.adapter)
     settings = load_settings(config.adapter)
     if not settings:
-        unknown = f"{config.adapter} has no {SETTINGS}: prompts are plain text, or as flags say"
-        print(unknown, file=sys.stderr)
+        print(
+            f"{config.adapter} has no {SETTINGS}: prompts are plain text unless flags say otherwise",
+            file=sys.stderr,
+        )
         return config
-    settings = {name: value for name, value in settings.items() if hasattr(config, name)}
-    config = parse_args(config_class, argv, defaults=settings, program=program)
-    if getattr(config, "dataset_format", None) == "auto":
+    if missing := [name for name in KEPT_SETTINGS if name not in settings]:
+        raise InputError(f"{SETTINGS} of --adapter {config.adapter} is incomplete: {', '.join(missing)}")
+    defaults = {name: settings[name] for name in KEPT_SETTINGS if hasattr(config, name)}
+    config = parse_args(config_class, argv, defaults=defaults, program=program)
+    if getattr(config, "dataset_format", None) == "auto":  # given as a flag: the training found out
         config.dataset_format = settings["dataset_format"]
     return config
 
 
-def compute_of(config: AdaptedModel) -> tuple:
-    """(device, what makes a fresh autocast context) of a command."""
+def choose_device(dtype: torch.dtype) -> tuple[torch.device, partial]:
+    """(device, function that returns a new autocast context in `dtype`)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, config.dtype)
     return device, partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def load_base_of(config: AdaptedModel, in_4bit: bool | None = None):
-    """The base of a command, without its adapter; in_4bit: other than --load_in_4bit says. Raises InputError,
-    also if the adapter was trained on another base and that is not allowed."""
-    device, _ = compute_of(config)
-    in_4bit = config.load_in_4bit if in_4bit is None else in_4bit
+def load_base_for(config: AdapterFlags, load_in_4bit: bool):
+    """The base model, still without its adapter.
+
+    Raises InputError, also if the adapter was trained on another base and --allow_other_base is off.
+    """
+    dtype = getattr(torch, config.dtype)
+    device, _ = choose_device(dtype)
     base = load_base(
-        config.model, getattr(torch, config.dtype), device, in_4bit, config.bnb_4bit_quant_type,
+        config.model, dtype, device, load_in_4bit, config.bnb_4bit_quant_type,
         config.bnb_4bit_use_double_quant, config.trust_remote_code,
     )  # fmt: skip
     if config.adapter and not config.allow_other_base:

@@ -1,21 +1,12 @@
 """Every flag of train.py, generate.py, qlora.evaluate and qlora.merge: name, type, default, help, limits.
 
-Metadata of TrainConfig's flags, beside what flags.flag() takes:
-
-    resume         "same" (the default): a resumed run must have the value it began with.
-                   "free": it may change; the weights stay the same, up to rounding.
-    compares       what a resume compares because of this flag: contents wherever they lie, or what the flag
-                   comes to (qlora/run/fingerprint.py)
-    sets_shapes    True if shapes in a checkpoint depend on it, so that no --allow_changes can help
-    on_card        False if the model card leaves it out: it names places, or stands elsewhere on the card
-    is_place       True if it says where a run writes, not what it computes
-    kept_as        its name among the settings kept beside the adapter, which generate.py and the other
-                   commands for trained adapters take as defaults
+flags.flag() explains what is declared with each.
 """
 
 import math
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from qlora.data.sources import RowSource, parse_split
@@ -176,7 +167,7 @@ class TrainConfig(Flags):
     )
     data_report: Literal["text", "json"] | None = flag(
         None,
-        "Print the data report and exit, with exit code 1 if the data would ruin a training. json: as JSON, "
+        "Print the data report and exit, with exit code 1 if the data would ruin a run. json: as JSON, "
         "also written to --output_dir with a histogram. Loads no model.",
         bare_value="text", resume="free",
     )
@@ -273,17 +264,17 @@ class TrainConfig(Flags):
     )
     offload_activations: Literal["auto", "on", "off"] = flag(
         "auto",
-        "Hold in host memory what checkpointed layers keep for the backward pass. auto: only where a step "
+        "Keep in host memory what checkpointed layers save for the backward pass. auto: only where a step "
         "does not fit the GPU otherwise.",
-        resume="free",
+        resume="free", needs_cuda=lambda value: value == "on",
     )
     memory_limit_gb: float | None = flag(
         None, "Plan for this much GPU memory (in 2^30 bytes) and never take more, as on a smaller GPU.",
-        limit=POSITIVE, resume="free",
+        limit=POSITIVE, resume="free", needs_cuda=bool,
     )
     plan_only: bool = flag(
         False, "Print what a step needs and which layers are checkpointed, and exit.",
-        resume="free",
+        resume="free", needs_cuda=bool,
     )
     compile: bool | None = flag(
         None,
@@ -296,7 +287,7 @@ class TrainConfig(Flags):
         "Record the decoder's forward and backward pass once and replay each with a single launch; small "
         "steps take longer to launch than to compute. Needs packed rows, whose batches all have one shape. "
         "Default: on where possible.",
-        resume="free",
+        resume="free", needs_cuda=bool,
     )
     fused_4bit: bool = flag(
         True,
@@ -382,7 +373,7 @@ class TrainConfig(Flags):
 
     def __post_init__(self):
         super().__post_init__()
-        compared = {name for field in fields(self) for name in field.metadata.get("compares", ())}
+        compared = {name for field in fields(self) for name in field.metadata["compares"]}
         names = [*self.values_to_compare(), *sorted(compared)]
         for name in self.allow_changes:
             if name not in names:
@@ -403,6 +394,13 @@ class TrainConfig(Flags):
         for name in self.lora_target_modules:
             if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
                 raise ValueError(f"--lora_target_modules takes names of layers, which {name!r} is not")
+        checkpoints_layers = self.gradient_checkpointing != "none" and self.gradient_checkpointing.strip("0")
+        if self.offload_activations == "on" and not checkpoints_layers:
+            raise ValueError("--offload_activations on needs checkpointed layers: it moves what they keep")
+        if self.cuda_graphs and not self.packing:
+            raise ValueError("--cuda_graphs needs packed rows: padded batches have many shapes")
+        if self.packing and self.group_by_length:
+            raise ValueError("--group_by_length needs --no_packing: packed rows need no padding")
         if "all-linear" in self.lora_target_modules and len(self.lora_target_modules) > 1:
             raise ValueError("--lora_target_modules takes 'all-linear' or names of layers, not both")
 
@@ -446,35 +444,30 @@ class TrainConfig(Flags):
         if self.data_report:
             raise ValueError("--data_report reads all rows, --streaming does not")
 
-    def check_given(self, given: set[str]) -> None:
-        super().check_given(given)
-        checkpoints_nothing = self.gradient_checkpointing == "none" or not self.gradient_checkpointing.strip(
-            "0"
-        )
-        if checkpoints_nothing and self.offload_activations == "on":
-            raise ValueError("--offload_activations on needs checkpointed layers: it moves what they keep")
-        if self.cuda_graphs and not self.packing:
-            raise ValueError("--cuda_graphs needs packed rows: padded batches have many shapes")
-        if self.packing and self.group_by_length:
-            raise ValueError("--group_by_length needs --no_packing: packed rows need no padding")
-
     def check_device(self, device_type: str) -> None:
         """Raise InputError if a flag needs a CUDA GPU and there is none."""
         if device_type == "cuda":
             return
-        needs_cuda = {
-            "plan_only": self.plan_only,
-            "memory_limit_gb": self.memory_limit_gb is not None,
-            "offload_activations on": self.offload_activations == "on",
-            "cuda_graphs": self.cuda_graphs,
-        }
-        for name in (name for name, is_given in needs_cuda.items() if is_given):
-            raise InputError(f"--{name} needs a CUDA GPU, and there is none here")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.metadata["needs_cuda"] and field.metadata["needs_cuda"](value):
+                shown = "" if value is True else f" {value}"
+                raise InputError(f"--{field.name}{shown} needs a CUDA GPU, and there is none here")
 
     @property
     def held_out(self) -> float | None:
         """--validation_split as an amount (below 1 a share, else rows); None if it names a split."""
         return _amount(self.validation_split or "")
+
+    @property
+    def shape_flags(self) -> list[str]:
+        """Names of the flags that shapes in a checkpoint depend on."""
+        return flag_names(type(self), "sets_shapes")
+
+    @property
+    def repository(self) -> str:
+        """The hub repository that the adapter goes to, if it is uploaded."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
 
     def train_sources(self) -> list[RowSource]:
         """The sources that --dataset names."""
@@ -492,27 +485,19 @@ class TrainConfig(Flags):
             ]
         return []
 
-    def values_to_compare(self) -> dict:
-        """The flags that a resumed run must have as it began, with their values."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.metadata.get("resume", "same") == "same"
-        }
-
     def kept_settings(self) -> dict:
         """The settings that later commands must share with this training, or answers get worse."""
         return {
             field.metadata["kept_as"]: getattr(self, field.name)
             for field in fields(self)
-            if "kept_as" in field.metadata
+            if field.metadata["kept_as"]
         }
 
 
-KEPT_SETTINGS = [field.metadata["kept_as"] for field in fields(TrainConfig) if "kept_as" in field.metadata]
+# Names of settings and flags by what their metadata says, for modules that only have a run's saved flags.
+KEPT_SETTINGS = [field.metadata["kept_as"] for field in fields(TrainConfig) if field.metadata["kept_as"]]
 PLACE_FLAGS = flag_names(TrainConfig, "is_place")
-CARD_FLAGS = [field.name for field in fields(TrainConfig) if field.metadata.get("on_card", True)]
-SHAPE_FLAGS = flag_names(TrainConfig, "sets_shapes")
+CARD_FLAGS = flag_names(TrainConfig, "on_card")
 
 
 @dataclass
@@ -529,7 +514,10 @@ class AdapterFlags(Flags):
     load_in_4bit: bool = flag(True, "Quantize the base to 4 bits.")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = flag("nf4", "4-bit data type.", needs="--load_in_4bit")
     bnb_4bit_use_double_quant: bool = flag(True, "Quantize the block constants too.", needs="--load_in_4bit")
-    trust_remote_code: bool = flag(False, "Let the model repository run its own Python code. Off for safety.")
+    trust_remote_code: bool = flag(
+        False, "Let the model repository run its own Python code. Off for safety.",
+        for_quantization=True,
+    )
     allow_other_base: bool = flag(
         False, "Run even if the adapter seems to have been trained on another base than --model.",
     )
@@ -634,8 +622,8 @@ class EvaluateConfig(AdapterFlags):
     per_device_eval_batch_size: int = flag(8, "Rows in one forward pass.", limit=AT_LEAST_1)
     general_dataset: str | None = flag(
         None,
-        "Forgetting: a general text, unrelated to the training, as a hub id, file or folder with a text "
-        "column. A rise of the loss on it is what the adapter has forgotten.",
+        "Measures forgetting: unrelated text, as a hub id, file or folder with a text column. A higher loss "
+        "on it with the adapter means that the adapter made the model forget.",
     )
     general_dataset_config: str | None = flag(
         None, "Configuration name, for a hub dataset that has several.",
@@ -671,11 +659,13 @@ class EvaluateConfig(AdapterFlags):
         None,
         "Instead of all this: the error that 4-bit quantization makes in each layer of this model (hub id or "
         "folder).",
+        for_quantization=True,
     )
     output_file: str | None = flag(
         None,
         "Where the results go as JSON; an existing file is replaced. Default: evaluation.json in the "
         "adapter's folder or here, or quantization.json here.",
+        for_quantization=True,
     )
 
     def __post_init__(self):
@@ -696,7 +686,7 @@ class EvaluateConfig(AdapterFlags):
 
     def check_given(self, given: set[str]) -> None:
         if self.quantization:
-            for name in sorted(given - {"quantization", "trust_remote_code", "output_file"}):
+            for name in sorted(given - set(flag_names(type(self), "for_quantization"))):
                 raise ValueError(f"--{name} cannot be used with --quantization")
         super().check_given(given)
 

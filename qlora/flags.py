@@ -1,8 +1,8 @@
 """Command-line flags as dataclass fields: declared once, parsed strictly. The flags are in config.py.
 
-What other modules need to know of a flag (may it change on resume? is it on the model card?) is in the
-field's metadata, so nobody keeps a list of flag names. Only the standard library is imported here: finding a
-typo in a flag should not take seconds.
+What other modules need to know of a flag (may it change on resume? is it on the model card?) is declared with
+it, so nobody keeps a list of flag names. Only the standard library is imported here: finding a typo in a flag
+should not take seconds.
 """
 
 import argparse
@@ -40,18 +40,43 @@ def flag(
     excludes: str | None = None,
     bare_value: str | None = None,
     may_be_empty: bool = False,
-    **metadata,
+    resume: typing.Literal["same", "free"] = "same",
+    compares: tuple[str, ...] = (),
+    sets_shapes: bool = False,
+    on_card: bool = True,
+    is_place: bool = False,
+    needs_cuda: Callable[[typing.Any], bool] | None = None,
+    kept_as: str | None = None,
+    for_quantization: bool = False,
 ):
-    """A dataclass field that is a flag.
+    """A dataclass field that is a flag. All but `default` is its metadata.
 
-    `default` is ... for a flag that must be given. `needs` and `excludes` name other flags as they are
-    written ("--prompts_file", "--a or --b"): the flag is refused where none of the first, or any of the
-    second, is set. `bare_value` is what the flag means without a value. `metadata` is for the modules that
-    use the flag; config.py lists its keys.
+    Parsing:
+        default: ... for a flag that must be given
+        needs, excludes: other flags as they are written ("--prompts_file", "--a or --b"); the flag is refused
+            where none of the first, or any of the second, is set
+        bare_value: what the flag means without a value
+        needs_cuda: of the value: whether it needs a CUDA GPU
+
+    Resuming, see qlora/run/fingerprint.py:
+        resume: "same": a resumed run must have the value it began with. "free": its own value is not
+            compared, but what it stands for may be
+        compares: names of what is compared because of this flag: contents, wherever they lie, or what the
+            flag comes to
+        sets_shapes: whether shapes in a checkpoint depend on it, so that no --allow_changes can help
+
+    Use by other modules:
+        on_card: whether the model card shows it; not if it names places, or stands elsewhere on the card
+        is_place: whether it says where a run writes, not what it computes
+        kept_as: its name among the settings kept beside the adapter, which generate.py and the other commands
+            for trained adapters take as defaults
+        for_quantization: whether qlora.evaluate takes it together with --quantization
     """
-    metadata |= {
+    metadata = {
         "help": help, "limit": limit, "needs": needs, "excludes": excludes, "bare_value": bare_value,
-        "may_be_empty": may_be_empty,
+        "may_be_empty": may_be_empty, "resume": resume, "compares": compares, "sets_shapes": sets_shapes,
+        "on_card": on_card, "is_place": is_place, "needs_cuda": needs_cuda, "kept_as": kept_as,
+        "for_quantization": for_quantization,
     }  # fmt: skip
     if default is ...:
         return dataclasses.field(metadata=metadata)
@@ -62,7 +87,7 @@ def flag(
 
 def flag_names(config_class, key: str, value=True) -> list[str]:
     """The flags of a class whose metadata has `value` under `key`, in their order."""
-    return [field.name for field in dataclasses.fields(config_class) if field.metadata.get(key) == value]
+    return [field.name for field in dataclasses.fields(config_class) if field.metadata[key] == value]
 
 
 def default_of(field: dataclasses.Field):
@@ -84,6 +109,14 @@ class Flags:
             limit = field.metadata["limit"]
             if limit is not None and value is not None and not (_is_finite(value) and limit.allows(value)):
                 raise ValueError(f"--{field.name} must be {limit.text}, not {value}")
+
+    def values_to_compare(self) -> dict:
+        """The flags that must not change on resume, with their values."""
+        return {name: getattr(self, name) for name in flag_names(type(self), "resume", "same")}
+
+    def card_flags(self) -> dict:
+        """The flags that the model card shows, with their values."""
+        return {name: getattr(self, name) for name in flag_names(type(self), "on_card")}
 
     def check_given(self, given: set[str]) -> None:
         """Raise ValueError if a flag among `given`, those on the command line, would be ignored."""

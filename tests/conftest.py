@@ -89,7 +89,8 @@ def rows_file(tmp_path_factory) -> str:
 def adapter(base, rows_file, tmp_path_factory):
     """(model, folder) of an adapter that has learned some of the rows by heart."""
     import train
-    from qlora.config import TrainConfig, parse_args
+    from qlora.config import TrainConfig
+    from qlora.flags import parse_args
 
     out = str(tmp_path_factory.mktemp("adapter") / "out")
     flags = f"--model {base} --dataset {rows_file} --output_dir {out} --dtype float32 --num_train_epochs 25 "
@@ -101,7 +102,8 @@ def adapter(base, rows_file, tmp_path_factory):
 def run(base, rows_file, tmp_path):
     """Run train.py's train() on the tiny base in this process; returns (model, output folder)."""
     import train
-    from qlora.config import TrainConfig, parse_args
+    from qlora.config import TrainConfig
+    from qlora.flags import parse_args
 
     def run(*flags: str, out: str = "out", model: str = base, dataset: str = rows_file):
         flags = [word for flag in flags for word in flag.split()]

@@ -1,10 +1,11 @@
-"""What bad data gets: an error that names it before the model loads, or a count on the start screen."""
+"""Bad data: an error that names it before the model loads, or a count on the start screen."""
 
 import json
 
 import pytest
 
 import train
+from qlora.errors import InputError
 
 GOOD = {"prompt": "What?", "completion": " A leaf."}
 
@@ -13,25 +14,31 @@ def lines(*rows) -> bytes:
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 
-ERRORS = {  # what is wrong: (content of rows.jsonl, what the error says)
+ERRORS = {  # defect: (content of rows.jsonl, text of the error)
     "an empty file": (b"", "rows.jsonl has no rows"),
     "only newlines": (b"\n\r\n\n", "rows.jsonl has no rows"),
     "a truncated last line": (lines(GOOD) + b'{"prompt": "Wh', "rows.jsonl line 2 is not valid JSON"),
     "bad JSON in the middle": (lines(GOOD, b"{oops}", GOOD), "rows.jsonl line 2 is not valid JSON"),
     "not UTF-8": (lines(GOOD, b'{"prompt": "caf\xe9"}'), "rows.jsonl line 2 is not UTF-8"),
-    "a lone surrogate": (lines(GOOD, b'{"prompt": "\\ud800"}'), "rows.jsonl line 2 holds a lone surrogate"),
-    "a column absent everywhere": (lines({"question": "a"}), r"has the columns \['question'\]"),
+    "a lone surrogate": (
+        lines(GOOD, b'{"prompt": "\\ud800"}'),
+        "rows.jsonl line 2 contains a lone surrogate",
+    ),
+    "no known column": (lines({"question": "a"}), r"has the columns \['question'\]"),
     "every row dropped": (
         lines({**GOOD, "completion": ""}),
         "no row of .*rows.jsonl can be used: 1 empty response",
     ),
     "every prompt too long": (lines({**GOOD, "prompt": "What? " * 999}), "1 prompt fills --max_length"),
 }
-COUNTS = {  # what is odd: (content of rows.jsonl, what the start screen says)
+COUNTS = {  # oddity: (content of rows.jsonl, text on the start screen)
     "a blank line": (lines(GOOD, b"", GOOD), "2 rows read = 2 used + 0 dropped"),
     "BOM and CRLF": (b"\xef\xbb\xbf" + lines(GOOD).replace(b"\n", b"\r\n"), "1 rows read = 1 used"),
     "a NUL character": (lines({**GOOD, "completion": "a\0b"}), "1 rows read = 1 used"),
-    "a key absent in a row": (lines(GOOD, {"prompt": "a"}), "1 dropped (1 'completion' is missing, first: "),
+    "a column missing in a row": (
+        lines(GOOD, {"prompt": "a"}),
+        "1 dropped (1 'completion' is missing, first: ",
+    ),
     "null": (lines(GOOD, {**GOOD, "completion": None}), "1 dropped (1 'completion' is null, not text"),
     "a number": (lines(GOOD, {**GOOD, "prompt": 3}), "1 dropped (1 'prompt' is a number, not text"),
     "an object": (lines(GOOD, {**GOOD, "prompt": {}}), "1 dropped (1 'prompt' is an object, not text"),
@@ -48,7 +55,7 @@ COUNTS = {  # what is odd: (content of rows.jsonl, what the start screen says)
         lines({"prompt": "<s>What?", "completion": "It.</s>"}),
         "EOS trained in 100.0% of the rows",
     ),
-    "less data than one step": (lines(GOOD, GOOD), "epochs of 1 steps"),
+    "fewer rows than a step takes": (lines(GOOD, GOOD), "epochs of 1 steps"),
 }
 
 
@@ -58,16 +65,16 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_names_what_is_wrong_before_the_model_loads(run, file, monkeypatch, name):
+def test_an_error_names_the_defect_before_the_model_loads(run, file, monkeypatch, name):
     content, message = ERRORS[name]
     file.write_bytes(content)
     monkeypatch.setattr(train, "load_base", pytest.fail)
-    with pytest.raises(train.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         run("--max_steps 1", dataset=str(file))
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_what_is_odd_is_counted_and_the_rest_is_trained(run, file, capsys, name):
+def test_odd_rows_are_counted_and_the_others_trained(run, file, capsys, name):
     content, message = COUNTS[name]
     file.write_bytes(content)
     run("--num_train_epochs 1", dataset=str(file))

@@ -1,22 +1,45 @@
-"""Strict parsing: every mistake is one line on stderr and exit code 2."""
+"""Flags: strict parsing, where every mistake is one line on stderr and exit code 2, and their metadata."""
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
-from pathlib import Path
+import typing
 
 import pytest
 
-from qlora.config import GenerateConfig, TrainConfig, parse_args
+from qlora.config import (
+    CARD_FLAGS,
+    KEPT_SETTINGS,
+    PLACE_FLAGS,
+    EvaluateConfig,
+    GenerateConfig,
+    MergeConfig,
+    TrainConfig,
+)
+from qlora.flags import parse_args
+from qlora.run.checkpoint import load_state
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
+CLASSES = [TrainConfig, GenerateConfig, EvaluateConfig, MergeConfig]
+ALL = pytest.mark.parametrize("config_class", CLASSES)
 BOTH = pytest.mark.parametrize("config_class", [TrainConfig, GenerateConfig])
 DIGITS = "9" * 400  # an int that no float can hold
 
 
 def parse(config_class, *argv):
     return parse_args(config_class, ["--model", "m", *argv])
+
+
+def number_types(config_class) -> dict[str, type]:
+    """The flags that are numbers, with their types: int or float."""
+    found = {}
+    for name, annotation in typing.get_type_hints(config_class).items():
+        for number_type in (int, float):
+            if annotation in (number_type, number_type | None):
+                found[name] = number_type
+    return found
 
 
 def refusal(capsys, config_class, *argv):
@@ -107,9 +130,24 @@ def test_a_number_out_of_range_is_refused(capsys, name, value):
     assert f"--{name}" in refusal(capsys, TrainConfig, f"--{name}", value)
 
 
-def test_every_number_has_a_limit():
-    numbers = {field.name for field in dataclasses.fields(TrainConfig) if field.type in (int, float)}
-    assert numbers == set(NUMBERS)
+def test_the_list_above_has_every_number_of_a_training():
+    assert set(number_types(TrainConfig)) == set(NUMBERS)
+
+
+@ALL
+def test_every_number_has_a_limit_which_its_default_keeps_and_its_refusal_names(capsys, config_class):
+    numbers = number_types(config_class)
+    assert numbers
+    for field in dataclasses.fields(config_class):
+        if field.name not in numbers:
+            continue
+        limit, default = field.metadata["limit"], field.default
+        assert default is None or limit.allows(default), field.name
+        outside = [number for number in (-2, 0, 1, 2, 2**32) if not limit.allows(number)]
+        assert outside, field.name
+        for value in outside if numbers[field.name] is int else [*outside, math.nan, math.inf]:
+            err = refusal(capsys, config_class, f"--{field.name}={value}")
+            assert f"--{field.name} must be {limit.text}, not " in err
 
 
 @pytest.mark.parametrize(
@@ -143,11 +181,11 @@ def test_every_number_has_a_limit():
             for value in ("0", "x", "p0", "p101", "p", "1.5", "P9")
         ),
         (["--streaming"], "--streaming needs --max_steps"),
-        (["--streaming", "--max_steps", "9", "--max_length", "p90"], "needs a number as --max_length"),
+        (["--streaming", "--max_steps", "9", "--max_length", "p90"], "needs a number for --max_length"),
         (["--streaming", "--max_steps", "9", "--dataset", "a", "b"], "takes one --dataset"),
-        (["--streaming", "--max_steps", "9", "--validation_split", "0.1"], "not held out"),
+        (["--streaming", "--max_steps", "9", "--validation_split", "0.1"], "no validation rows held out"),
         (["--streaming", "--max_steps", "9", "--data_report"], "--data_report reads all rows"),
-        (["--dataset_weights", "0.5", "0.5"], "has 2 numbers for 1 data sets"),
+        (["--dataset_weights", "0.5", "0.5"], "has 2 numbers for 1 datasets"),
         (["--dataset", "a", "b", "--dataset_weights", "1", "0"], "--dataset_weights must be above 0"),
         (["--dataset", "a", "b", "--dataset_weights", "1", "nan"], "--dataset_weights must be above 0"),
         (["--dataset", "a", ""], "--dataset is empty"),
@@ -160,16 +198,16 @@ def test_every_number_has_a_limit():
         (["--eval_steps", "5"], "--eval_steps needs --validation_split or --validation_dataset"),
         (["--per_device_eval_batch_size", "5"], "--per_device_eval_batch_size needs"),
         (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "exclude each other"),
-        (["--adapter", "a", "--lora_r", "8"], "--lora_r is fixed by the adapter"),
-        (["--adapter", "a", "--lora-r=8"], "--lora_r is fixed by the adapter"),
-        (["--adapter", "a", "--lora_alpha", "8"], "--lora_alpha is fixed by the adapter"),
-        (["--adapter", "a", "--lora_dropout", "0.1"], "--lora_dropout is fixed by the adapter"),
+        (["--adapter", "a", "--lora_r", "8"], "--lora_r cannot be used with --adapter"),
+        (["--adapter", "a", "--lora-r=8"], "--lora_r cannot be used with --adapter"),
+        (["--adapter", "a", "--lora_alpha", "8"], "--lora_alpha cannot be used with --adapter"),
+        (["--adapter", "a", "--lora_dropout", "0.1"], "--lora_dropout cannot be used with --adapter"),
         (
             ["--adapter", "a", "--lora_target_modules", "q_proj"],
-            "--lora_target_modules is fixed by the adapter",
+            "--lora_target_modules cannot be used with --adapter",
         ),
-        (["--use-rslora", "--adapter", "a"], "--use_rslora is fixed by the adapter"),
-        (["--use_dora", "true", "--adapter=a"], "--use_dora is fixed by the adapter"),
+        (["--use-rslora", "--adapter", "a"], "--use_rslora cannot be used with --adapter"),
+        (["--use_dora", "true", "--adapter=a"], "--use_dora cannot be used with --adapter"),
     ],
 )
 def test_a_wrong_train_command_is_refused(capsys, argv, named):
@@ -262,7 +300,7 @@ def test_a_boolean_can_be_written_in_many_ways(argv, value):
         (["--no-compile"], False),
     ],
 )
-def test_a_boolean_that_is_left_open_by_default(argv, value):
+def test_a_boolean_may_have_no_default(argv, value):
     assert parse(TrainConfig, *argv).compile is value
 
 
@@ -273,7 +311,7 @@ def test_checkpointing_takes_three_words_or_a_number(capsys, value):
         parse(TrainConfig, "--gradient_checkpointing", right)
 
 
-def test_flags_on_speed_that_would_be_ignored_are_refused(capsys):
+def test_speed_flags_that_would_be_ignored_are_refused(capsys):
     flags = ["--gradient_checkpointing", "none", "--offload_activations", "on"]
     assert "--offload_activations" in refusal(capsys, TrainConfig, *flags)
     assert "--cuda_graphs" in refusal(capsys, TrainConfig, "--no_packing", "--cuda_graphs")
@@ -284,7 +322,7 @@ def test_flags_on_speed_that_would_be_ignored_are_refused(capsys):
     "argv, value",
     [([], False), (["--use_dora"], True), (["--use-dora", "true"], True), (["--use_dora", "false"], False)],
 )
-def test_a_boolean_that_is_off_by_default(argv, value):
+def test_a_boolean_may_be_off_by_default(argv, value):
     assert parse(TrainConfig, *argv).use_dora is value
 
 
@@ -325,7 +363,7 @@ def test_a_value_arrives_with_its_type(argv, name, value):
         ("val[5%:]", None),
     ],
 )
-def test_an_amount_to_hold_out_is_told_from_the_name_of_a_split(value, amount):
+def test_a_validation_amount_is_told_from_the_name_of_a_split(value, amount):
     assert parse(TrainConfig, "--validation_split", value).held_out == amount
     assert parse(TrainConfig).held_out is None
 
@@ -335,7 +373,7 @@ def test_a_prompt_may_look_odd(prompt):
     assert parse(GenerateConfig, "--prompt", prompt).prompt == prompt
 
 
-def test_two_configs_do_not_share_their_list():
+def test_two_configs_do_not_share_a_list():
     parse(TrainConfig).lora_target_modules.append("k_proj")
     assert parse(TrainConfig).lora_target_modules == ["q_proj", "v_proj"]
 
@@ -350,15 +388,16 @@ def test_a_stray_args_file_is_not_read(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- help
 
 
-@BOTH
+@ALL
 def test_every_flag_has_a_help_text(config_class):
     for field in dataclasses.fields(config_class):
-        text = field.metadata.get("help", "")
+        text = field.metadata["help"]
         assert len(text) > 10 and text.endswith((".", ")")), field.name
 
 
 @BOTH
-def test_help_shows_every_flag_with_its_default(capsys, config_class):
+def test_help_shows_every_flag_with_its_default(capsys, monkeypatch, config_class):
+    monkeypatch.setenv("COLUMNS", "1000")  # else a default may be broken at a hyphen
     with pytest.raises(SystemExit) as exit_:
         parse_args(config_class, ["--help"])
     text = capsys.readouterr().out
@@ -379,6 +418,110 @@ def test_the_same_flag_means_the_same_in_both_scripts():
     shared = train.keys() & generate.keys()
     assert {"model", "adapter", "dtype", "load_in_4bit", "dataset_format", "seed"} <= shared
     assert {name: train[name] for name in shared} == {name: generate[name] for name in shared}
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def a_value(config_class, name: str) -> str:
+    """A value that the flag accepts."""
+    annotation = typing.get_type_hints(config_class)[name]
+    values = {"validation_split": "0.5", "allow_changes": "seed", "report_to": "wandb"}
+    if name in values:
+        return values[name]
+    if typing.get_origin(annotation) is typing.Literal:
+        return typing.get_args(annotation)[0]
+    return {bool: "true", int: "1", float: "0.5"}.get(annotation, "train")
+
+
+def conditional_flags(key: str) -> list:
+    """(class, flag, the flags that it needs or excludes) of each flag with that metadata."""
+    return [
+        pytest.param(config_class, field.name, re.findall(r"--(\w+)", field.metadata[key]),
+                     id=f"{config_class.__name__}-{field.name}")
+        for config_class in CLASSES
+        for field in dataclasses.fields(config_class)
+        if field.metadata[key]
+    ]  # fmt: skip
+
+
+def setting(config_class, name: str) -> list[str]:
+    """Set a flag, and the flags that it needs itself."""
+    needs = {field.name: field.metadata["needs"] for field in dataclasses.fields(config_class)}
+    needed = re.findall(r"--(\w+)", needs[name] or "")[:1]
+    return [word for other in needed for word in setting(config_class, other)] + [
+        f"--{name}", a_value(config_class, name),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("config_class, name, needed", conditional_flags("needs"))
+def test_a_flag_is_refused_without_the_flag_that_it_needs(capsys, config_class, name, needed):
+    argv = [f"--{name}", a_value(config_class, name)]
+    if config_class is MergeConfig:
+        argv += ["--adapter", "a"]
+    if config_class is EvaluateConfig:  # it refuses to do nothing
+        argv += ["--general_dataset", "g"] if "dataset" in needed else ["--dataset", "d"]
+    off = ["--no_load_in_4bit"] if needed == ["load_in_4bit"] else []
+    assert f"--{name} needs --{needed[0]}" in refusal(capsys, config_class, *argv, *off)
+    for other in needed:
+        parse(config_class, *argv, *setting(config_class, other))
+
+
+@pytest.mark.parametrize("config_class, name, excluded", conditional_flags("excludes"))
+def test_a_flag_is_refused_beside_a_flag_that_it_excludes(capsys, config_class, name, excluded):
+    argv = [f"--{name}", a_value(config_class, name)]
+    parse(config_class, *argv)
+    for other in excluded:
+        both = [*argv, f"--{other}", a_value(config_class, other)]
+        assert f"--{name} cannot be used with --{other}" in refusal(capsys, config_class, *both)
+
+
+def test_every_flag_of_a_training_says_whether_it_may_change_on_resume():
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["resume"] in ("same", "free"), field.name
+    assert {"seed", "learning_rate", "max_steps", "dtype"} <= parse(TrainConfig).values_to_compare().keys()
+    assert not {"logging_steps", "output_dir", "compile"} & parse(TrainConfig).values_to_compare().keys()
+
+
+@pytest.mark.parametrize("flags", ["--packing", "--no_packing"])
+def test_allow_changes_accepts_exactly_the_names_that_a_resume_compares(capsys, run, flags):
+    _, folder = run(f"--max_steps 1 {flags}")
+    compared = set(load_state(folder / "checkpoint-1")["fingerprint"])
+    capsys.readouterr()
+    for name in compared:
+        parse(TrainConfig, "--adapter", "a", "--allow_changes", name)
+    err = refusal(capsys, TrainConfig, "--adapter", "a", "--allow_changes", "nothing")
+    accepted = set(err.partition("the names are ")[2].strip().split(", "))
+    assert accepted == compared
+    for name in {field.name for field in dataclasses.fields(TrainConfig)} - compared:
+        assert name in refusal(capsys, TrainConfig, "--adapter", "a", "--allow_changes", name)
+
+
+def test_paths_and_names_of_places_are_not_on_the_model_card():
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names - set(CARD_FLAGS) == {
+        "model", "adapter", "dataset", "validation_dataset", "output_dir", "overwrite_output_dir", "run_name",
+        "report_to", "sample_prompts", "sample_max_new_tokens", "resume_from_checkpoint", "allow_changes",
+        "push_to_hub", "hub_model_id", "hub_private_repo", "max_hours", "logging_steps", "save_steps",
+        "save_total_limit",
+    }  # fmt: skip
+    assert set(PLACE_FLAGS) == {
+        "output_dir", "overwrite_output_dir", "run_name", "report_to", "resume_from_checkpoint",
+        "allow_changes",
+    }  # fmt: skip
+
+
+def test_the_settings_kept_beside_an_adapter_are_flags_of_the_commands_that_take_them():
+    kept = parse(TrainConfig, "--seed", "7", "--max_length", "64", "--dtype", "bfloat16").kept_settings()
+    assert list(kept) == KEPT_SETTINGS and len(set(KEPT_SETTINGS)) == len(KEPT_SETTINGS)
+    assert (kept["validation_seed"], kept["max_length"], kept["dtype"]) == (7, "64", "bfloat16")
+    types_of = {config_class: typing.get_type_hints(config_class) for config_class in CLASSES}
+    assert set(kept) <= types_of[EvaluateConfig].keys()
+    for config_class in (GenerateConfig, EvaluateConfig, MergeConfig):
+        shared = kept.keys() & types_of[config_class].keys()
+        assert {"dtype", "load_in_4bit", "dataset_format", "dataset_text_field"} <= shared
+        for name in shared - {"validation_seed"}:  # the training's --seed
+            assert types_of[config_class][name] == types_of[TrainConfig][name]
 
 
 # ---------------------------------------------------------------- the real command line

@@ -1,11 +1,13 @@
-"""The loop as it stands: gradients, clipping, overflow, what is trained, resume, evaluation, the Trainer."""
+"""train.py as a whole: gradients, clipping, overflow, trained weights, resume, evaluation, data, models."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,16 +16,20 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import train
 from qlora.data.sources import read_rows
 from qlora.data.tokenize import tokenize_rows
-from qlora.evaluation.validation import evaluate_loss
-from qlora.model.adapter import ADAPTER
-from qlora.model.base import load_base, load_tokenizer
+from qlora.errors import InputError
+from qlora.evaluation.validation import Validation, eval_batches
+from qlora.model.adapter import ADAPTER, add_adapter
+from qlora.model.base import load_base, load_tokenizer, trainable_weights
 from qlora.model.generation import generate
 from qlora.run.checkpoint import STATE, STATE_TENSORS
+from qlora.run.log import RunLog
 from tests.conftest import ROOT, ROWS
+from tests.results import adapter, assert_same, metrics
+from tests.run.faults import interrupt, out_of_memory
 
 
 def first_gradient(run, *flags: str, out: str = "out") -> dict[str, torch.Tensor]:
-    """The gradient of step 1 as the optimizer got it: AdamW's first moment is then (1 - beta1) times it."""
+    """The gradient that the optimizer got in step 1: AdamW's first moment is then (1 - beta1) times it."""
     _, folder = run("--optim adamw_torch --max_steps 1 --save_steps 1", *flags, out=out)
     tensors = load_file(folder / "checkpoint-1" / STATE_TENSORS)
     return {name: tensor / 0.1 for name, tensor in tensors.items() if name.endswith("/exp_avg")}
@@ -31,20 +37,6 @@ def first_gradient(run, *flags: str, out: str = "out") -> dict[str, torch.Tensor
 
 def norm(tensors: dict[str, torch.Tensor]) -> float:
     return torch.stack([tensor.double().norm() for tensor in tensors.values()]).norm().item()
-
-
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def adapter(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / ADAPTER)
-
-
-def assert_same(left: dict, right: dict):
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 def batch(rows: int, accumulation: int) -> str:
@@ -73,10 +65,9 @@ def test_clipping_sees_unscaled_gradients(run, dtype):
 
 def test_an_overflow_leaves_the_weights_unchanged_and_halves_the_scale(run, base, tmp_path):
     model = load_base(base, torch.float32, torch.device("cpu"), load_in_4bit=False)
-    model.lm_head.weight.data *= 300  # gradients that overflow float16 at the first scale of 65536
+    model.lm_head.weight.data *= 300  # its gradients overflow float16 at the initial scale of 65536
     model.save_pretrained(tmp_path / "steep")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{base}/{file}", tmp_path / "steep")
+    load_tokenizer(base).save_pretrained(tmp_path / "steep")
     flags = "--dtype float16 --warmup_ratio 0 --lr_scheduler_type constant --max_steps 2 --save_steps 1"
     _, folder = run(flags, "--logging_steps 1", model=str(tmp_path / "steep"))
     first = metrics(folder)[0]
@@ -85,18 +76,19 @@ def test_an_overflow_leaves_the_weights_unchanged_and_halves_the_scale(run, base
     state = json.loads((folder / "checkpoint-1" / "training_state.json").read_text())
     assert state["scaler"]["scale"] == 2**15
     saved = adapter(folder / "checkpoint-1")
-    assert all(not tensor.any() for name, tensor in saved.items() if "lora_B" in name)  # as LoRA starts
+    assert all(
+        not tensor.any() for name, tensor in saved.items() if "lora_B" in name
+    )  # as LoRA initializes B
     assert not any(
         "exp_avg" in name or "state1" in name for name in load_file(folder / "checkpoint-1" / STATE_TENSORS)
     )
 
 
-def test_a_loss_that_is_not_finite_never_reaches_the_weights(run, base, tmp_path):
+def test_a_non_finite_loss_never_reaches_the_weights(run, base, tmp_path):
     model = load_base(base, torch.float32, torch.device("cpu"), load_in_4bit=False)
     model.lm_head.weight.data[5] = float("inf")
     model.save_pretrained(tmp_path / "broken")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{base}/{file}", tmp_path / "broken")
+    load_tokenizer(base).save_pretrained(tmp_path / "broken")
     flags = "--dtype float32 --warmup_ratio 0 --max_steps 2 --logging_steps 1"
     _, folder = run(flags, model=str(tmp_path / "broken"))
     assert [line["skipped_steps"] for line in metrics(folder)] == [1, 2]
@@ -107,7 +99,7 @@ def test_only_lora_is_trained_and_the_base_stays_bit_identical(run, base):
     model, folder = run("--max_steps 4 --save_steps 4")
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     assert all("lora_" in name for name, _ in trained)
-    state = load_file(folder / "checkpoint-4" / STATE_TENSORS)["optimizer/state1"]
+    state = load_file(folder / "checkpoint-4" / STATE_TENSORS)["optimizer/0.0/state1"]
     assert state.numel() == sum(weight.numel() for _, weight in trained)
     fresh = load_base(base, torch.float32, torch.device("cpu")).state_dict()
     trained = {
@@ -137,7 +129,7 @@ RESUME_FLAGS = (
 
 
 def rest_of_state(folder) -> dict:
-    """Progress, scaler and Python's random state at the end; not the clock, nor how the run was started."""
+    """Progress, scaler and Python's random state at the end, without times and flags."""
     state = json.loads((folder / "checkpoint-8" / STATE).read_text())
     del state["progress"]["window_seconds"], state["progress"]["window_waited"], state["config"]
     return state
@@ -153,7 +145,7 @@ def rest_of_state(folder) -> dict:
         "--packing --max_length 40 --per_device_train_batch_size 2",
     ],
 )
-def test_resume_equals_an_uninterrupted_run_bit_by_bit(run, flags):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run, flags):
     _, folder = run(RESUME_FLAGS, flags)
     want, want_metrics = adapter(folder), metrics(folder)
     want_state, want_rest = load_file(folder / "checkpoint-8" / STATE_TENSORS), rest_of_state(folder)
@@ -161,7 +153,7 @@ def test_resume_equals_an_uninterrupted_run_bit_by_bit(run, flags):
         assert any(
             tensor.dtype == torch.uint8 for name, tensor in want_state.items() if name.endswith("/state1")
         )
-    shutil.rmtree(folder / "checkpoint-8")  # as if killed after step 4, the first of the second epoch
+    shutil.rmtree(folder / "checkpoint-8")  # as if killed after step 4, the first step of the second epoch
     (folder / ADAPTER).unlink()
     run(RESUME_FLAGS, flags, "--resume_from_checkpoint latest")
     assert_same(adapter(folder), want)
@@ -172,23 +164,86 @@ def test_resume_equals_an_uninterrupted_run_bit_by_bit(run, flags):
     assert resumed == want_metrics
 
 
-def test_evaluation_and_generation_in_the_middle_change_nothing(run, base, rows_file, monkeypatch):
+ONE_GROUP = 'groups = [{"params": trainable, "lr_multiple": 1.0, "weight_decay": config.weight_decay}]'
+TWO_GROUPS = """groups = [
+        {"params": [pair for pair in trainable if "lora_A" in pair[0]], "lr_multiple": 1.0,
+         "weight_decay": config.weight_decay},
+        {"params": [pair for pair in trainable if "lora_B" in pair[0]], "lr_multiple": 4.0,
+         "weight_decay": 0.0},
+    ]"""  # LoRA+ (arXiv 2402.12354)
+
+
+@pytest.fixture
+def lora_plus(tmp_path):
+    """train.py with two optimizer groups, as someone would change it."""
+    source = (ROOT / "train.py").read_text()
+    assert source.count(ONE_GROUP) == 1
+    path = tmp_path / "train_lora_plus.py"
+    path.write_text(source.replace(ONE_GROUP, TWO_GROUPS))
+    spec = importlib.util.spec_from_file_location("train_lora_plus", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch"])
+def test_a_run_with_two_optimizer_groups_resumes_bit_identical(run, lora_plus, monkeypatch, optim):
+    flags = (
+        f"--max_steps 4 --save_steps 2 --save_total_limit 0 --lora_r 64 --weight_decay 0.1 --optim {optim}"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", lora_plus.train)
+        _, folder = run(flags)
+        want, want_state = adapter(folder), load_file(folder / "checkpoint-4" / STATE_TENSORS)
+        shutil.rmtree(folder / "checkpoint-4")  # as if killed after step 2
+        (folder / ADAPTER).unlink()
+        run(flags, "--resume_from_checkpoint latest")
+    state = load_file(folder / "checkpoint-4" / STATE_TENSORS)
+    moment = "exp_avg" if optim == "adamw_torch" else "state1"
+    for group in (0, 1):
+        tensor = state[f"optimizer/{group}.0/{moment}"]
+        assert tensor.any() and tensor.dtype == (torch.float32 if optim == "adamw_torch" else torch.uint8)
+    assert_same(adapter(folder), want)
+    assert_same(state, want_state)
+    shutil.rmtree(folder / "checkpoint-4")
+    with pytest.raises(InputError, match="other library versions or optimizer groups"):
+        run(flags, "--resume_from_checkpoint latest")  # by the unchanged train.py
+
+
+def test_optimizer_groups_have_their_own_learning_rate_and_weight_decay(run, lora_plus, monkeypatch):
+    """In its first step Adam moves each weight by the learning rate, against the sign of the gradient.
+
+    B starts at 0. So does the gradient of A, which is multiplied by B: weight decay alone changes A.
+    """
+    flags = (
+        "--max_steps 1 --optim adamw_torch --warmup_ratio 0 --lr_scheduler_type constant --adam_epsilon 1e-30"
+    )
+    start = adapter(run(flags, "--learning_rate 1e-30", out="start")[1])
+    monkeypatch.setattr(train, "train", lora_plus.train)
+    end = adapter(run(flags, "--learning_rate 1e-3 --weight_decay 10")[1])
+    for name, weight in end.items():
+        want = start[name] * (1 - 1e-3 * 10) if "lora_A" in name else torch.full_like(weight, 4e-3)
+        assert torch.allclose(weight if "lora_A" in name else weight.abs(), want, rtol=1e-4), name
+
+
+def test_evaluating_and_sampling_do_not_change_the_training(run, base, rows_file, monkeypatch):
     flags = "--max_steps 5 --lora_dropout 0.1"
     want = adapter(run(flags, "--validation_dataset", rows_file, "--eval_steps 100", out="plain")[1])
-    calls = []
+    modes, loss = [], Validation.loss
 
-    def evaluate_and_generate(model, *arguments):
-        generate(model, load_tokenizer(base), [[1, 300, 301]], arguments[3], max_new_tokens=4, do_sample=True)
-        calls.append(model.training)
-        return evaluate_loss(model, *arguments)
+    def loss_after_an_answer(validation, model, stop):
+        prompt, tokenizer = [[1, 300, 301]], load_tokenizer(base)
+        generate(model, tokenizer, prompt, validation.autocast, max_new_tokens=4, do_sample=True)
+        modes.append(model.training)
+        return loss(validation, model, stop)
 
-    monkeypatch.setattr(train, "evaluate_loss", evaluate_and_generate)
-    got = adapter(run(flags, "--validation_dataset", rows_file, "--eval_steps 1", out="watched")[1])
-    assert calls == [True] * 5
+    monkeypatch.setattr(Validation, "loss", loss_after_an_answer)
+    got = adapter(run(flags, "--validation_dataset", rows_file, "--eval_steps 1", out="evaluated")[1])
+    assert modes == [True] * 5
     assert_same(got, want)
 
 
-def test_evaluation_is_the_mean_over_tokens(run, tokenizer, rows_file):
+def test_the_validation_loss_is_the_mean_over_targets(run, tokenizer, rows_file):
     model, folder = run("--max_steps 2 --validation_dataset", rows_file, "--per_device_eval_batch_size 5")
     rows = tokenize_rows(read_rows(rows_file, "train"), tokenizer)
     total = 0.0
@@ -202,6 +257,12 @@ def test_evaluation_is_the_mean_over_tokens(run, tokenizer, rows_file):
     assert logged["eval_perplexity"] == pytest.approx(
         torch.tensor(total / rows.targets).exp().item(), rel=1e-5
     )
+
+
+def test_an_evaluation_batch_has_no_more_tokens_than_a_training_step():
+    lengths = np.array([5, 100, 40, 41, 7, 90, 300])
+    assert eval_batches(lengths, 4, 200) == [[6], [1, 5], [3, 2, 4, 0]]
+    assert eval_batches(lengths, 2, 10**6) == [[6, 1], [5, 3], [2, 4], [0]]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +288,7 @@ def test_evaluation_is_the_mean_over_tokens(run, tokenizer, rows_file):
         "--no_load_in_4bit",
     ],
 )
-def test_every_flag_that_should_change_the_training_does(run, flags):
+def test_each_of_these_flags_changes_the_trained_weights(run, flags):
     plain = adapter(run("--optim adamw_torch --max_steps 4", out="plain")[1])
     changed = adapter(run("--optim adamw_torch --max_steps 4", flags, out="changed")[1])
     assert any(not torch.equal(plain[name], changed[name]) for name in plain)
@@ -254,18 +315,18 @@ def test_a_trained_weight_without_a_gradient_is_refused_in_the_first_step(run, m
         return base
 
     monkeypatch.setattr(train, "load_base", load_with_an_unused_layer)
-    with pytest.raises(train.InputError, match=r"unused_proj.* got no gradient"):
+    with pytest.raises(InputError, match=r"unused_proj.* got no gradient"):
         run("--max_steps 1 --lora_target_modules q_proj unused_proj")
 
 
 def test_float16_lora_weights_are_refused(base):
     model = load_base(base, torch.float16, torch.device("cpu"))
-    model = train.add_adapter(model, 4, 8, 0.0, ["q_proj"], False, False).half()
-    with pytest.raises(train.InputError, match="must be float32"):
-        train.trainable_weights(model)
+    model = add_adapter(model, 4, 8, 0.0, ["q_proj"], False, False).half()
+    with pytest.raises(InputError, match="must be float32"):
+        trainable_weights(model)
 
 
-def test_max_steps_wins_and_an_epoch_ends_with_a_smaller_step(run):
+def test_max_steps_overrides_epochs_and_an_epoch_ends_with_a_smaller_step(run):
     _, folder = run("--num_train_epochs 2 --logging_steps 1", out="epochs")  # 42 rows: 16 + 16 + 10
     lines = metrics(folder)
     assert [line["epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2], abs=1e-4)
@@ -274,17 +335,17 @@ def test_max_steps_wins_and_an_epoch_ends_with_a_smaller_step(run):
     assert [line["step"] for line in metrics(folder)] == [1, 2]
 
 
-def test_a_resume_from_an_older_checkpoint_leaves_the_abandoned_ones(run, monkeypatch, capsys):
+def test_resuming_from_an_older_checkpoint_replaces_the_later_ones(run, monkeypatch, capsys):
     flags = "--save_steps 1 --logging_steps 1 --max_steps 5 --save_total_limit"
     _, folder = run(flags, "0")
     older = ("--resume_from_checkpoint", str(folder / "checkpoint-2"))
-    with pytest.raises(train.InputError, match="only 2 steps"):
+    with pytest.raises(InputError, match="only 2 steps"):
         run(flags, "2", *older, "--max_steps 2 --allow_changes max_steps")
     capsys.readouterr()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed behind the first step
-        patch.setattr(train.RunLog, "step_done", interrupt)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed after its first step
+        patch.setattr(RunLog, "step_done", interrupt)
         run(flags, "2", *older)
-    assert "in place of checkpoint-3, checkpoint-4, checkpoint-5" in capsys.readouterr().out
+    assert "replacing checkpoint-3, checkpoint-4, checkpoint-5" in capsys.readouterr().out
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert [line["step"] for line in metrics(folder)] == [1, 2]
     assert not (folder / ADAPTER).exists()
@@ -292,81 +353,73 @@ def test_a_resume_from_an_older_checkpoint_leaves_the_abandoned_ones(run, monkey
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def test_latest_does_not_replace_a_finished_adapter(run):
+def test_a_finished_adapter_without_checkpoints_is_not_replaced_by_a_resume(run):
     _, folder = run("--max_steps 1")
     shutil.rmtree(folder / "checkpoint-1")
-    with pytest.raises(train.InputError, match="finished adapter"):
+    with pytest.raises(InputError, match="finished adapter"):
         run("--max_steps 1 --resume_from_checkpoint latest")
 
 
-def test_a_single_step_learns(run):
-    """Its warm-up would otherwise be all of it, at a learning rate of 0."""
+def test_a_run_of_a_single_step_changes_the_weights(run):
+    """The last step is never part of the warmup, which starts at a learning rate of 0."""
     _, folder = run("--max_steps 1")
     assert any(tensor.any() for name, tensor in adapter(folder).items() if "lora_B" in name)
 
 
-def test_a_source_of_a_mixture_without_a_row_is_an_error(run, rows_file, tmp_path):
+def test_a_mixture_in_which_a_dataset_has_no_usable_row_is_refused(run, rows_file, tmp_path):
     other = tmp_path / "long.jsonl"
     other.write_text(json.dumps({"prompt": "What? " * 40, "completion": "A leaf."}))
     flags = ["--dataset", rows_file, str(other), "--dataset_weights 0.5 0.5", "--max_length 32"]
-    with pytest.raises(train.InputError, match=r"no row of .*long\.jsonl is left"):
+    with pytest.raises(InputError, match=r"no row of .*long\.jsonl is left"):
         run("--max_steps 1", *flags)
 
 
-def test_data_sets_of_different_formats_are_mixed(run, rows_file, tmp_path, capsys):
+def test_datasets_of_different_formats_can_be_mixed(run, rows_file, tmp_path, capsys):
     other = tmp_path / "chat.jsonl"
     other.write_text('{"text": "### Human: What?### Assistant: A leaf."}\n' * 10 + '{"text": ""}\n')
     flags = ["--dataset", rows_file, str(other)]
     _, folder = run("--max_steps 4 --logging_steps 1", *flags, "--dataset_weights 0.5 0.5")
     printed = capsys.readouterr().out
     assert f"{rows_file} + {other}: 53 rows read = 52 used + 1 dropped (1 empty text" in printed
-    assert "the formats prompt_completion, guanaco: generate.py will ask in the first" in printed
+    assert "the formats prompt_completion, guanaco: generate.py will use the first" in printed
     assert metrics(folder)[-1]["step"] == 4
 
 
-def test_packing_does_not_change_what_an_epoch_learns_from(run, capsys):
-    """All rows in one step: the same gradient, whether each has a sequence of its own or shares one."""
+def test_packing_does_not_change_the_gradient(run, capsys):
+    """All rows in one step: each in a sequence of its own, or several in one."""
     alone = first_gradient(run, "--max_grad_norm 0", batch(42, 1), out="alone")
     packed = first_gradient(run, "--max_grad_norm 0 --packing --max_length 64", batch(8, 2), out="packed")
     assert "1 x 42 rows" in (printed := capsys.readouterr().out) and "2 x 8 packs of 64 tokens" in printed
     assert norm({name: packed[name] - alone[name] for name in alone}) < 1e-5 * norm(alone)
 
 
-def test_checkpoints_rotate(run):
+def test_only_the_newest_checkpoints_are_kept(run):
     _, folder = run("--max_steps 5 --save_steps 1 --save_total_limit 2")
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_an_earlier_run_is_not_overwritten_unless_asked(run, monkeypatch):
+def test_an_earlier_run_is_only_overwritten_on_request(run, monkeypatch):
     _, folder = run("--max_steps 2 --logging_steps 1")
     before = sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
-    with pytest.raises(train.InputError, match="holds an earlier run"):
+    with pytest.raises(InputError, match="holds an earlier run"):
         run("--max_steps 2")
-    with pytest.raises(train.InputError, match="no such data file"):
+    with pytest.raises(InputError, match="no such data file"):
         run("--max_steps 1 --overwrite_output_dir", dataset="mistyped.jsonl")
-    with pytest.raises(train.InputError, match="would delete what --adapter"):
+    with pytest.raises(InputError, match="would delete what --adapter"):
         run("--max_steps 1 --overwrite_output_dir --adapter", str(folder / "checkpoint-2"))
-    with monkeypatch.context() as patch, pytest.raises(train.InputError, match="out of memory after step 0"):
-        patch.setattr(train, "next_token_loss", out_of_memory)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="out of memory after step 0"):
+        patch.setattr(train, "target_logprobs", out_of_memory)
         run("--max_steps 1 --overwrite_output_dir")
     after = sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
-    assert after == before  # a mistake does not cost the earlier run
+    assert after == before  # none of these mistakes has touched the earlier run
     run("--max_steps 1 --overwrite_output_dir --logging_steps 1")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     assert [line["step"] for line in metrics(folder)] == [1]
 
 
-def out_of_memory(*_):
-    raise torch.OutOfMemoryError
-
-
-def test_a_run_that_fails_in_its_first_step_does_not_lock_its_folder(run, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(train.InputError, match="out of memory after step 0"):
-        patch.setattr(train, "next_token_loss", out_of_memory)
+def test_a_run_that_failed_in_its_first_step_can_be_started_again(run, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="out of memory after step 0"):
+        patch.setattr(train, "target_logprobs", out_of_memory)
         run("--max_steps 1")
     run("--max_steps 1")
 
@@ -393,7 +446,7 @@ def test_an_adapter_can_be_trained_further(run, tmp_path):
         "--no_load_in_4bit",
     ],
 )
-def test_variants_train_and_load_back_with_peft(run, base, flags):
+def test_variants_of_lora_and_quantization_train_and_load_in_peft(run, base, flags):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -407,7 +460,7 @@ def test_variants_train_and_load_back_with_peft(run, base, flags):
     assert any(value.any() for name, value in weights.items() if "lora_B" in name)
 
 
-def test_a_4_bit_checkpoint_is_loaded_as_it_is(run, base, tmp_path):
+def test_a_model_that_is_already_4_bit_keeps_its_quantization(run, base, tmp_path):
     quantized = load_base(base, torch.bfloat16, torch.device("cpu"), quant_type="fp4", double_quant=False)
     quantized.save_pretrained(tmp_path / "fp4")
     load_tokenizer(base).save_pretrained(tmp_path / "fp4")
@@ -415,7 +468,7 @@ def test_a_4_bit_checkpoint_is_loaded_as_it_is(run, base, tmp_path):
     layer = model.get_base_model().model.layers[0].self_attn.k_proj
     assert layer.weight.quant_state.quant_type == "fp4" and not layer.weight.quant_state.nested
     assert layer.compute_dtype == torch.float32
-    with pytest.raises(train.InputError, match="already 4-bit"):
+    with pytest.raises(InputError, match="already 4-bit"):
         run("--max_steps 2 --no_load_in_4bit", model=str(tmp_path / "fp4"), out="refused")
 
 
@@ -425,12 +478,12 @@ def test_a_4_bit_checkpoint_is_loaded_as_it_is(run, base, tmp_path):
         ("--lora_target_modules q_proj nope", "no linear layer named 'nope'"),
         ("--split test", "single file"),
         ("--validation_split 0.001", "asks for 0 validation"),
-        ("--resume_from_checkpoint nowhere", "no whole checkpoint: it has no manifest.json"),
+        ("--resume_from_checkpoint nowhere", "is incomplete or corrupt: it has no manifest.json"),
         ("--adapter {base}", "no adapter folder"),
     ],
 )
-def test_mistakes_get_one_line(run, base, flags, message):
-    with pytest.raises(train.InputError, match=message):
+def test_mistakes_in_flags_are_refused(run, base, flags, message):
+    with pytest.raises(InputError, match=message):
         run("--max_steps 1", flags.format(base=base))
 
 
@@ -453,24 +506,24 @@ def test_mistakes_get_one_line(run, base, flags, message):
         ("--per_device_train_batch_size 2", "packs_per_step was 16, now it is 8"),
         (
             "--max_length 16 --allow_changes max_length",
-            r"data is another .* --allow_changes max_length data$",
+            r"data is not the same .* --allow_changes max_length data$",
         ),
         ("--streaming", "streaming was False, now it is True"),
         ("--lora_target_modules q_proj k_proj", "lora_target_modules was"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(run, flags, message):
+def test_resuming_with_different_settings_is_refused_by_name(run, flags, message):
     _, folder = run("--max_steps 2 --save_steps 2")
-    with pytest.raises(train.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         run("--max_steps 2 --resume_from_checkpoint latest", flags)
     assert (folder / "checkpoint-2" / STATE).exists()
 
 
-def test_a_checkpoint_of_another_folder_does_not_replace_the_run_in_this_one(run):
+def test_resuming_a_run_of_another_folder_does_not_overwrite_the_run_in_this_one(run):
     _, first = run("--max_steps 2 --save_steps 1", out="first")
     _, second = run("--max_steps 3 --save_steps 1", out="second")
     checkpoint = str(first / "checkpoint-1")
-    with pytest.raises(train.InputError, match="holds an earlier run"):
+    with pytest.raises(InputError, match="holds an earlier run"):
         run("--max_steps 2 --resume_from_checkpoint", checkpoint, out="second")
     assert (second / "checkpoint-3").exists()
     _, third = run("--max_steps 2 --resume_from_checkpoint", checkpoint, out="third")
@@ -488,8 +541,8 @@ def test_a_tokenizer_with_several_chat_templates_can_be_saved_again(run, base, t
     assert isinstance(load_tokenizer(str(folder)).chat_template, dict)
 
 
-def test_rows_never_overrun_the_positions_a_model_has_learned(run, base, tmp_path):
-    """A context of 37 would be overrun by rows of 37 tokens, which are padded to 40."""
+def test_padded_rows_never_exceed_the_context_of_the_model(run, base, tmp_path):
+    """Rows are padded to multiples of 8, so a context of 37 holds rows of 32: 37 would be padded to 40."""
     config = GPT2Config(vocab_size=448, n_positions=37, n_embd=64, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     load_tokenizer(base).save_pretrained(tmp_path / "gpt2")
@@ -506,7 +559,7 @@ def test_a_tokenizer_of_another_model_is_refused(run, base, tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
     load_tokenizer(base).save_pretrained(tmp_path / "small")
-    with pytest.raises(train.InputError, match="the model has only 100 tokens"):
+    with pytest.raises(InputError, match="the model has only 100 tokens"):
         run("--max_steps 1", model=str(tmp_path / "small"))
 
 
@@ -516,28 +569,26 @@ def test_inference_repacking_is_off_in_every_layer(run):
     assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
-def test_the_start_screen_says_how_much_is_in_4_bits(run, capsys):
+def test_the_start_screen_shows_the_share_of_weights_in_4_bits(run, capsys):
     run("--max_steps 1")
-    total, linear = (
-        448 * 64 * 2 + 5 * 64 + 2 * 36864,
-        2 * 36864,
-    )  # embedding and head stay as they are, and norms
+    linear = 2 * 36864
+    total = linear + 2 * 448 * 64 + 5 * 64  # embedding, head and norms are not quantized
     assert f"{linear / total:.1%} of them nf4, the others float32" in capsys.readouterr().out
 
 
-def test_a_damaged_model_or_adapter_file_is_one_line(run, base, tmp_path):
+def test_a_truncated_model_or_adapter_file_is_refused(run, base, tmp_path):
     shutil.copytree(base, tmp_path / "model")
     _, folder = run("--max_steps 1")
     for file in (tmp_path / "model" / "model.safetensors", folder / ADAPTER):
         file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(train.InputError, match="cannot load"):
+    with pytest.raises(InputError, match="cannot load"):
         run("--max_steps 1", model=str(tmp_path / "model"), out="other")
-    with pytest.raises(train.InputError, match="cannot load an adapter"):
+    with pytest.raises(InputError, match="cannot load an adapter"):
         run("--max_steps 1 --adapter", str(folder), out="another")
 
 
-def test_loss_is_that_of_the_transformers_trainer(run, base, rows_file, tmp_path):
-    """50 steps of transformers' own Trainer with PEFT on the same rows in the same order, fp32."""
+def test_losses_match_those_of_the_transformers_trainer(run, base, rows_file, tmp_path):
+    """50 steps of transformers' Trainer with PEFT on the same rows in the same order, in float32."""
     from peft import LoraConfig, get_peft_model
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainingArguments, set_seed
@@ -545,7 +596,7 @@ def test_loss_is_that_of_the_transformers_trainer(run, base, rows_file, tmp_path
     from qlora.data.order import StepOrder
 
     flags = "--split train[:40] --max_steps 50 --logging_steps 1 --optim adamw_torch --save_steps 100"
-    _, folder = run(flags, batch(4, 2))  # 40 rows: an epoch is five whole steps, as the Trainer counts them
+    _, folder = run(flags, batch(4, 2))  # 40 rows: an epoch is five full steps, as the Trainer counts them
     ours = torch.tensor([line["loss"] for line in metrics(folder)])
 
     tokenizer = load_tokenizer(base)
@@ -603,58 +654,18 @@ def test_loss_is_that_of_the_transformers_trainer(run, base, rows_file, tmp_path
 
 def test_the_command_line_trains_and_generates(base, rows_file, tmp_path):
     out = str(tmp_path / "out")
-    result = subprocess.run(
-        [
-            sys.executable,
-            "train.py",
-            "--model",
-            base,
-            "--dataset",
-            rows_file,
-            "--output-dir",
-            out,
-            "--dtype",
-            "float32",
-            "--max_steps",
-            "3",
-            "--validation_split",
-            "0.1",
-            "--report_to",
-            "wandb",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    run = {"cwd": ROOT, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    flags = "--dtype float32 --max_steps 3 --validation_split 0.1 --report_to wandb".split()
+    argv = [sys.executable, "train.py", "--model", base, "--dataset", rows_file, "--output-dir", out, *flags]
+    result = subprocess.run(argv, **run)
     assert result.returncode == 0, result.stderr
     for fact in (
-        "38 rows read = 38 used + 0 dropped",
-        "float32 on the CPU",
-        "does not page",
-        "trainable parameters",
-    ):
+        "38 rows read = 38 used + 0 dropped", "float32 on the CPU", "does not page", "trainable parameters"
+    ):  # fmt: skip
         assert fact in result.stdout
     assert "Traceback" not in result.stderr
-    result = subprocess.run(
-        [
-            sys.executable,
-            "generate.py",
-            "--model",
-            base,
-            "--adapter",
-            out,
-            "--dtype",
-            "float32",
-            "--prompt",
-            ROWS[0]["prompt"],
-            "--max_new_tokens",
-            "5",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    argv = [sys.executable, "generate.py", "--model", base, "--adapter", out, "--dtype", "float32"]
+    result = subprocess.run([*argv, "--prompt", ROWS[0]["prompt"], "--max_new_tokens", "5"], **run)
     assert result.returncode == 0, result.stderr
 
 
@@ -666,7 +677,7 @@ def test_the_command_line_trains_and_generates(base, rows_file, tmp_path):
         (["--model", "{base}", "--dataset", "missing.jsonl"], "missing.jsonl"),
     ],
 )
-def test_a_missing_model_or_data_set_is_one_line(base, tmp_path, flags, message):
+def test_a_missing_model_or_dataset_is_reported_in_one_line(base, tmp_path, flags, message):
     flags = [flag.format(base=base) for flag in flags]
     result = subprocess.run(
         [sys.executable, "train.py", *flags, "--output_dir", str(tmp_path / "out")],
@@ -678,7 +689,7 @@ def test_a_missing_model_or_data_set_is_one_line(base, tmp_path, flags, message)
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
-def test_with_full_determinism_only_operations_that_repeat_their_bits_run(run):
+def test_full_determinism_allows_only_deterministic_operations(run):
     try:
         run("--full_determinism --max_steps 1")
         assert torch.are_deterministic_algorithms_enabled()

@@ -1,142 +1,235 @@
 """Checkpoints from which a run resumes exactly. No pickle: safetensors and JSON only."""
 
 import json
+import os
 import random
 import re
+import shutil
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qlora.errors import InputError, first_line
-from qlora.model.adapter import ADAPTER, check_complete, save_adapter
+from qlora.model.adapter import ADAPTER, load_weights, save_adapter
 from qlora.optim.optimizer import optimizer_bytes, optimizer_tensors, restore_optimizer
-from qlora.run.files import check_space, damage, publish_folder, remove_folder, staged
+from qlora.run.files import check_space, damage, flush_folder, publish_folder, remove_folder, staged
 from qlora.run.progress import Progress
 
 STATE_TENSORS = "training_state.safetensors"
 STATE = "training_state.json"
-TOKENIZER_BYTES = 2**25  # more than any tokenizer has
+TOKENIZER_BYTES = 2**25  # more than any tokenizer takes
+# What the writing libraries throw when a disk or memory is full.
+WRITE_ERRORS = (OSError, SafetensorError, MemoryError, torch.OutOfMemoryError)
 
 
-def save_checkpoint(
-    output_dir: Path,
-    model,
-    tokenizer,
-    settings: dict,
-    optimizer,
-    scaler,
-    names: list[str],
-    progress: Progress,
-    fingerprint: dict,
-    config: dict,
-    keep: int,
-) -> Path:
-    """Write checkpoint-N for the step in `progress`; remove all but the newest `keep` (0: none) and the best.
+@dataclass
+class Checkpoints:
+    """What a run saves in its `output_dir`: checkpoint-N folders for an exact resume, the adapter at the end.
 
-    The folder gets its name when all of it is on the disk, and nothing is removed before the new one was read
-    again: whenever this fails or is killed, the checkpoints that were there are there. `names` are the
-    trained parameters' names, in the order in which the optimizer's vector holds them; `config` is stored for
-    the reader. Raises OSError, or whatever the libraries that write throw.
+    A checkpoint gets its name once all of it is on disk, and nothing older is deleted before the new one has
+    been read back. Whenever a save fails or is killed, existing checkpoints are untouched.
+
+    Construct it after the rehearsal: from then on an optimizer step makes the state torn until the loop calls
+    mark_boundary().
     """
-    folder = output_dir / f"checkpoint-{progress.step}"
-    check_space(output_dir, checkpoint_bytes(optimizer))
-    with staged(folder) as staging:
-        save_adapter(staging, model, tokenizer, settings)
-        tensors = {f"optimizer/{key}": value for key, value in optimizer_tensors(optimizer).items()}
-        save_file({**tensors, **random_states()}, staging / STATE_TENSORS)
-        version, numbers, gauss = random.getstate()
-        state = {
-            "progress": asdict(progress),
-            "parameters": names,
-            "scaler": scaler.state_dict(),
-            "python_rng": [version, list(numbers), gauss],
-            "fingerprint": fingerprint,
-            "config": config,
-        }
-        (staging / STATE).write_text(json.dumps(state, indent=2) + "\n")
-        publish_folder(staging, folder)
-    if problem := damage(folder):
-        remove_folder(folder)
-        raise OSError(f"{folder} was written, but {problem}")
-    best = output_dir / f"checkpoint-{progress.best_step}"
-    for old in list_checkpoints(output_dir)[:-keep] if keep else []:
-        if old != best:
-            with suppress(OSError):  # then it stays
-                remove_folder(old)
-    return folder
 
+    output_dir: Path
+    keep: int  # how many of the newest to keep, besides the best; 0 keeps all
+    model: torch.nn.Module
+    tokenizer: object
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    parameter_names: list[str]  # in the order in which the optimizer's vectors hold them
+    settings: dict  # saved with the adapter, for the commands that use it
+    fingerprint: dict  # what the training depends on
+    config: dict  # for whoever reads a checkpoint
+    progress: Progress = field(init=False, default_factory=Progress)
+    best_on_disk: tuple[float | None, int | None] = field(init=False, default=(None, None))  # loss, step
+    replaced: list[Path] = field(init=False, default_factory=list)  # an earlier run's: this one replaces them
+    is_torn: bool = field(init=False)  # the optimizer has begun an update that is not counted yet
+    random_states: dict[str, torch.Tensor] = field(init=False)  # as of the last boundary between steps
+    python_rng: tuple = field(init=False)  # likewise: the state of Python's own generator
 
-def checkpoint_bytes(optimizer) -> int:
-    """About what a checkpoint takes on the disk: the adapter, the optimizer's state, the tokenizer."""
-    return optimizer_bytes(optimizer) + TOKENIZER_BYTES
+    def __post_init__(self):
+        self.mark_boundary()
+        self.optimizer.register_step_pre_hook(self._mark_torn)
 
+    def start(self, checkpoint: Path | None, total_steps: int, validation: str | None) -> Progress:
+        """Restore the run of `checkpoint`, or begin a new one; returns its progress.
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint-N folders of a run, oldest first."""
-    found = [
-        path for path in output_dir.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
-    ]  # fmt: skip
-    return sorted(found, key=_step_of)
+        `validation` is the fingerprint of the validation rows. Raises InputError if the checkpoint does not
+        fit this run, or if the disk has no room for another one.
+        """
+        self.progress = self._restore(checkpoint) if checkpoint else Progress()
+        step = self.progress.step
+        self.replaced = [path for path in list_checkpoints(self.output_dir) if _step_of(path) > step]
+        if step > total_steps or (step == total_steps and self.replaced):
+            raise InputError(f"{checkpoint} is at step {step}, and this run has only {total_steps} steps")
+        if step < total_steps:
+            try:
+                check_space(self.output_dir, self._expected_bytes())
+            except OSError as error:
+                raise InputError(
+                    f"--output_dir {self.output_dir} has no room for a checkpoint: {error.strerror}"
+                ) from error
+        has_best = self.folder(self.progress.best_step).exists()
+        self.progress.use_validation(validation, has_best)
+        self.best_on_disk = self.progress.best_loss, self.progress.best_step
+        self.mark_boundary()
+        return self.progress
 
+    def _restore(self, folder: Path) -> Progress:
+        """Restore weights, optimizer, scaler and random states; returns the progress."""
+        state = load_state(folder)
+        load_weights(folder, self.model)
+        try:
+            tensors = load_file(folder / STATE_TENSORS)
+            if state["parameters"] != self.parameter_names:
+                raise InputError(
+                    f"{folder} lists its weights in another order: it was saved with other library versions "
+                    "or optimizer groups"
+                )
+            optimizer_state = {
+                name.removeprefix("optimizer/"): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("optimizer/")
+            }
+            restore_optimizer(self.optimizer, optimizer_state)
+            if state["scaler"] and self.scaler.is_enabled():  # only float16 has one
+                self.scaler.load_state_dict(state["scaler"])
+            version, numbers, gauss = state["python_rng"]
+            random.setstate((version, tuple(numbers), gauss))
+            restore_random_states(tensors)
+            # Whoever resumes has dealt with the skipped steps.
+            return Progress(**state["progress"] | {"skipped_in_a_row": 0})
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{folder} does not fit this version of the code: {first_line(error)}"
+            ) from error
 
-def later_checkpoints(output_dir: Path, step: int) -> list[Path]:
-    """The checkpoints after `step`: a run that goes on from there leaves them behind."""
-    return [path for path in list_checkpoints(output_dir) if _step_of(path) > step]
+    def replace_earlier_run(self) -> None:
+        """Delete what an earlier run left: checkpoints after the first step of this one, the final
+        adapter."""
+        try:
+            (self.output_dir / ADAPTER).unlink(missing_ok=True)
+            for path in self.replaced:
+                remove_folder(path)
+        except OSError as error:
+            raise InputError(f"the earlier run in {self.output_dir} cannot be deleted: {error}") from error
 
+    def mark_boundary(self) -> None:
+        """Mark a boundary between two steps: call it after every update and before every step.
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+        If the next step fails, the last complete one can still be saved, with the current random states.
+        """
+        self.is_torn = False
+        self.random_states, self.python_rng = random_states(), random.getstate()
 
+    def _mark_torn(self, *arguments) -> None:
+        self.is_torn = True
 
-def replace_later(output_dir: Path, step: int) -> None:
-    """Delete what an earlier run saved after `step`: its later checkpoints, and the adapter at its end."""
-    try:
-        (output_dir / ADAPTER).unlink(missing_ok=True)
-        for path in later_checkpoints(output_dir, step):
-            remove_folder(path)
-    except OSError as error:
-        raise InputError(f"what an earlier run left in {output_dir} cannot be deleted: {error}") from error
+    def folder(self, step: int | None) -> Path:
+        return self.output_dir / f"checkpoint-{step}"
 
+    def is_saved(self, step: int | None) -> bool:
+        return damage(self.folder(step)) is None
 
-def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
-    """The checkpoint to resume from; None for a fresh start.
+    def save(self, say: Callable[[str], None]) -> bool:
+        """Save the run between two steps; returns whether it is on disk. A failure does not end the run."""
+        if not self.progress.owes_evaluation:  # else a resumed run repeats it with the same random numbers
+            self.mark_boundary()
+        return self.save_last_complete_step(say)
 
-    "latest" is the newest that is as it was written; those that are not are named and passed over. Raises
-    InputError if there are some and all are damaged, or if a given path is no undamaged checkpoint.
-    """
-    if resume_from is None:
-        return None
-    if resume_from != "latest":
-        if problem := damage(Path(resume_from)):
-            raise InputError(f"--resume_from_checkpoint {resume_from} is no whole checkpoint: {problem}")
-        return Path(resume_from)
-    checkpoints = list_checkpoints(output_dir)
-    for checkpoint in reversed(checkpoints):
-        if not (problem := damage(checkpoint)):
-            return checkpoint
-        print(f"{checkpoint} is passed over: {problem}.")
-    if checkpoints:
-        raise InputError(
-            f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole; their adapters may "
-            "still serve as --adapter, or start again by --overwrite_output_dir"
-        )
-    if (output_dir / ADAPTER).exists():
-        raise InputError(
-            f"--output_dir {output_dir} holds a finished adapter but no checkpoint to resume from: train it "
-            "further by --adapter into another folder, or delete it by --overwrite_output_dir"
-        )
-    return None
+    def save_last_complete_step(self, say: Callable[[str], None]) -> bool:
+        """The same in the middle of a step. Impossible if its update has begun: some weights are then new."""
+        if self.is_torn:
+            say(f"step {self.progress.step + 1} failed in the middle of its update: it cannot be saved")
+            return False
+        try:
+            check_space(self.output_dir, self._expected_bytes())
+            self._write(self.folder(self.progress.step))
+        except WRITE_ERRORS as error:
+            if not self.is_saved(self.progress.best_step):
+                self.progress.best_loss, self.progress.best_step = self.best_on_disk
+            say(f"step {self.progress.step}: no checkpoint could be saved ({first_line(error)})")
+            return False
+        self.best_on_disk = self.progress.best_loss, self.progress.best_step
+        best = self.folder(self.progress.best_step)
+        for old in list_checkpoints(self.output_dir)[: -self.keep] if self.keep else []:
+            if old != best:
+                with suppress(OSError):  # then it stays
+                    remove_folder(old)
+        return True
+
+    def _write(self, folder: Path) -> None:
+        with staged(folder) as staging:
+            save_adapter(staging, self.model, self.tokenizer, self.settings)
+            tensors = {
+                f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()
+            }
+            save_file({**tensors, **self.random_states}, staging / STATE_TENSORS)
+            version, numbers, gauss = self.python_rng
+            state = {
+                "progress": asdict(self.progress),
+                "parameters": self.parameter_names,
+                "scaler": self.scaler.state_dict(),
+                "python_rng": [version, list(numbers), gauss],
+                "fingerprint": self.fingerprint,
+                "config": self.config,
+            }
+            (staging / STATE).write_text(json.dumps(state, indent=2) + "\n")
+            publish_folder(staging, folder)
+        if problem := damage(folder):
+            remove_folder(folder)
+            raise OSError(f"{folder} was written, but {problem}")
+
+    def _expected_bytes(self) -> int:
+        """About what a checkpoint takes on disk: adapter, optimizer state, tokenizer."""
+        return optimizer_bytes(self.optimizer) + TOKENIZER_BYTES
+
+    def load_best(self, say: Callable[[str], None]) -> None:
+        """Load the weights of the best checkpoint into the model, unless they are the last step's."""
+        step = self.progress.best_step
+        if step is None:
+            say("there is no best checkpoint: the adapter is that of the last step")
+        if step is None or step == self.progress.step:
+            return
+        if problem := damage(self.folder(step)):
+            say(f"{self.folder(step)} was the best, but {problem}: the adapter is that of the last step")
+            return
+        load_weights(self.folder(step), self.model)
+        say(f"the adapter is that of step {step}, the best: eval_loss {self.progress.best_loss:.4f}")
+
+    def save_final_adapter(self, card: str) -> None:
+        """Save the adapter and its model card in `output_dir` itself: each file atomically, the weights last.
+
+        Raises InputError if it cannot be written; the last checkpoint has the adapter then.
+        """
+        try:
+            with staged(self.output_dir / "adapter") as staging:
+                save_adapter(staging, self.model, self.tokenizer, self.settings)
+                (staging / "README.md").write_text(card, encoding="utf-8")
+                flush_folder(staging)
+            (self.output_dir / "chat_template.jinja").unlink(missing_ok=True)  # an earlier run's would stay
+            shutil.rmtree(self.output_dir / "additional_chat_templates", ignore_errors=True)
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == ADAPTER):
+                os.replace(file, self.output_dir / file.name)
+            staging.rmdir()
+        except WRITE_ERRORS as error:
+            raise InputError(
+                f"the adapter could not be saved in {self.output_dir} ({first_line(error)}): fix that, and "
+                "--resume_from_checkpoint latest saves it from the last checkpoint"
+            ) from error
 
 
 def load_state(checkpoint: Path) -> dict:
-    """What save_checkpoint wrote as JSON, among it the run's fingerprint. Raises InputError."""
+    """The JSON part of a checkpoint, with the fingerprint of its run. Raises InputError."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
         return {
@@ -146,48 +239,51 @@ def load_state(checkpoint: Path) -> dict:
         raise InputError(f"{checkpoint / STATE} cannot be read: {error!r}") from error
 
 
-def load_checkpoint(folder: Path, model, optimizer, scaler, names: list[str]) -> Progress:
-    """Restore everything save_checkpoint wrote; raises InputError if it does not fit this run."""
-    state = load_state(folder)
-    load_weights(folder, model)
-    try:
-        tensors = load_file(folder / STATE_TENSORS)
-        if state["parameters"] != names:
-            raise InputError(f"{folder} lists its weights in another order: it is of other library versions")
-        optimizer_state = {
-            key.removeprefix("optimizer/"): value
-            for key, value in tensors.items()
-            if key.startswith("optimizer/")
-        }
-        restore_optimizer(optimizer, optimizer_state)
-        if state["scaler"] and scaler.is_enabled():  # only float16 has one
-            scaler.load_state_dict(state["scaler"])
-        version, numbers, gauss = state["python_rng"]
-        random.setstate((version, tuple(numbers), gauss))
-        restore_random_states(tensors)
-        return Progress(**state["progress"] | {"skipped_in_a_row": 0})  # whoever resumes has seen to them
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{folder} does not fit this version of the code: {first_line(error)}") from error
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint-N folders of a run, oldest first."""
+    folders = [
+        path for path in output_dir.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
+    ]  # fmt: skip
+    return sorted(folders, key=_step_of)
 
 
-def load_weights(folder: Path, model) -> None:
-    """Put a checkpoint's LoRA weights into the model; raises InputError if they are not its own."""
-    try:
-        adapter = load_file(folder / ADAPTER)
-        check_complete(
-            set_peft_model_state_dict(model, adapter),
-            f"the adapter in {folder} does not fit this run's --lora_target_modules",
-        )
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"the adapter in {folder} cannot be read: {first_line(error)}") from error
-    except RuntimeError as error:  # shapes: its message has a line for each tensor
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint to resume from; None for a fresh start.
+
+    "latest" is the newest whose checksums hold; corrupt ones are named and skipped. Raises InputError if all
+    are corrupt, or if a given path is not an intact checkpoint.
+    """
+    if resume_from is None:
+        return None
+    if resume_from != "latest":
+        if problem := damage(Path(resume_from)):
+            raise InputError(f"--resume_from_checkpoint {resume_from} is incomplete or corrupt: {problem}")
+        return Path(resume_from)
+    checkpoints = list_checkpoints(output_dir)
+    for checkpoint in reversed(checkpoints):
+        if not (problem := damage(checkpoint)):
+            return checkpoint
+        print(f"{checkpoint} is skipped: {problem}.")
+    if checkpoints:
         raise InputError(
-            f"the adapter in {folder} has other shapes than this run: {str(error).splitlines()[-1].strip()}"
-        ) from error
+            f"--resume_from_checkpoint latest: all checkpoints in {output_dir} are incomplete or corrupt. "
+            "Their adapters may still work with --adapter; --overwrite_output_dir starts over"
+        )
+    if (output_dir / ADAPTER).exists():
+        raise InputError(
+            f"--output_dir {output_dir} holds a finished adapter but no checkpoint to resume from: train it "
+            "further with --adapter, into another folder, or delete it with --overwrite_output_dir"
+        )
+    return None
 
 
 def random_states() -> dict[str, torch.Tensor]:
-    """NumPy's and PyTorch's random states."""
+    """The random states of NumPy and PyTorch."""
     _, keys, position, has_gauss, gauss = np.random.get_state()
     tensors = {
         "rng/torch": torch.get_rng_state(),
@@ -200,7 +296,7 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def restore_random_states(tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what random_states gave."""
+    """Put back what random_states() returned."""
     torch.set_rng_state(tensors["rng/torch"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])

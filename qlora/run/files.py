@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and are what they were when they were written."""
+"""Atomic, checksummed writes of files and folders, and the lock on a run's folder."""
 
 import errno
 import hashlib
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,17 +20,15 @@ except ImportError:  # Windows
 from qlora.errors import InputError
 
 MANIFEST = "manifest.json"
-STAGED = ".tmp"  # ends the name of whatever is not complete, or no longer wanted
+STAGED = ".tmp"  # suffix of whatever is incomplete or being deleted
 STAGED_NAMES = r"(checkpoint-\d+(\.old)?|adapter|metrics\.jsonl|train_config\.json|\w+\.png)"
-_UMASK = os.umask(0)  # can only be read by setting it
-os.umask(_UMASK)
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Be the one run that writes to `folder`. The system lets go of the lock however the process ends.
+    """Be the only run that writes to `folder`. The system releases the lock however the process ends.
 
-    POSIX locks, because children do not inherit them: a worker that outlives a killed run holds nothing.
+    A POSIX lock, because children do not inherit it: a worker that outlives a killed run holds nothing.
     """
     path = folder / ".lock"
     try:
@@ -42,10 +41,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
     except (BlockingIOError, PermissionError) as error:
         os.close(descriptor)
         raise InputError(
-            f"--output_dir {folder} is being written by another run: wait for it, or give another folder"
+            f"another run is writing to --output_dir {folder}: wait for it, or choose another folder"
         ) from error
     except OSError as error:
-        print(f"--output_dir {folder} cannot be locked ({error.strerror}): take care to run only once.")
+        print(f"--output_dir {folder} cannot be locked ({error.strerror}): make sure to start only one run.")
     try:
         yield
     finally:
@@ -53,31 +52,31 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run had begun to write or to delete."""
+    """Delete what a killed run was writing or deleting."""
     for path in folder.glob(f"*{STAGED}"):
         if re.fullmatch(rf"{STAGED_NAMES}{STAGED}", path.name):
-            with suppress(OSError):  # whatever holds it, a run can do without its room
+            with suppress(OSError):  # whatever holds it, a run can do without its space
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def make_folder(folder: Path, what: str) -> None:
-    """Make a folder unless it is there; raises InputError, naming `what`, if nothing can be written in it."""
+def make_folder(folder: Path, flag: str) -> None:
+    """Create a folder unless it exists; raises InputError, naming the `flag`, if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{what} cannot be written: {error.strerror}") from error
+        raise InputError(f"{flag} cannot be written: {error.strerror}") from error
 
 
 def check_output_file(path: Path) -> None:
-    """Raise InputError if an --output_file cannot be one: a folder, or in none."""
+    """Raise InputError if an --output_file is a folder, or in a folder that does not exist."""
     if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"--output_file {path} must be a file in a folder that is there")
+        raise InputError(f"--output_file {path} must be a file in an existing folder")
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise OSError if less than `needed` bytes are free where `folder` is."""
+    """Raise OSError if fewer than `needed` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -87,23 +86,23 @@ def check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A free name under which to write what will be the folder `path`; what stands there goes on an error."""
+    """A temporary path under which to write the future folder `path`. On an error it is deleted."""
     staging = _staging(path)
     shutil.rmtree(staging, ignore_errors=True)
     try:
         yield staging
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # its room may be what is missing
+        shutil.rmtree(staging, ignore_errors=True)  # its space may be what is missing
         raise
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file that has its old content until it has all of the new one, also after a power cut."""
+    """Replace a file atomically: after a crash or power cut it has its old content or all of the new."""
     replace_bytes(path, text.encode("utf-8"))
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """replace_file() for what is not text. What could not be written whole leaves nothing behind."""
+    """replace_file() for binary content. A failed write leaves nothing behind."""
     staging = _staging(path)
     try:
         staging.write_bytes(content)
@@ -117,25 +116,26 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def publish_folder(staging: Path, folder: Path) -> None:
-    """Give a staged folder its name, with a manifest of its files, once all of it is on the disk."""
+    """Rename a staged folder to its final name, with a manifest of its files, once all of it is on disk."""
     files = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
     (staging / MANIFEST).write_text(_manifest(staging, files), encoding="utf-8")
-    make_durable(staging)
+    flush_folder(staging)
     remove_folder(folder)
     os.rename(staging, folder)
     _sync(folder.parent)
 
 
-def make_durable(folder: Path) -> None:
-    """Have all files of a folder on the disk, readable as the umask says: some writers allow nobody else."""
+def flush_folder(folder: Path) -> None:
+    """Flush all files of a folder to disk, readable as the umask says: some writers allow nobody else."""
+    mode = _default_mode(folder)
     for path in (*folder.rglob("*"), folder):
         if path.is_file():
-            path.chmod(0o666 & ~_UMASK)
+            path.chmod(mode)
         _sync(path)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder, which stops being there under its name at once."""
+    """Delete a folder. Its name is free at once, whatever happens while its files are being deleted."""
     if folder.exists():
         removed = _staging(folder.with_name(folder.name + ".old"))
         shutil.rmtree(removed, ignore_errors=True)
@@ -144,22 +144,22 @@ def remove_folder(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What of a published folder is not as it was written; None if all is."""
+    """What is wrong with a published folder; None if every file is as it was written."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         files = json.loads(text)
     except OSError:
         return f"it has no {MANIFEST}"
     except ValueError:
-        return f"{MANIFEST} is damaged"
-    for name, written in files.items() if isinstance(files, dict) else ():
+        return f"{MANIFEST} is corrupt"
+    for name, digest in files.items() if isinstance(files, dict) else ():
         try:
-            if _digest(folder / name) != written:
-                return f"{name} does not have its checksum"
+            if _digest(folder / name) != digest:
+                return f"{name} does not match its checksum"
         except OSError:
             return f"{name} is missing"
-    # Written anew it is the same to the last byte: no part of it can have changed unseen.
-    return None if files and text == json.dumps(files, indent=2) + "\n" else f"{MANIFEST} is damaged"
+    # Written again it must be the same to the last byte: no part of it can have changed unnoticed.
+    return None if files and text == json.dumps(files, indent=2) + "\n" else f"{MANIFEST} is corrupt"
 
 
 def _staging(path: Path) -> Path:
@@ -175,8 +175,17 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _default_mode(folder: Path) -> int:
+    """The permissions of a new file in `folder`. (The umask itself can only be read by setting it.)"""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode
+
+
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

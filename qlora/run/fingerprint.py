@@ -1,29 +1,87 @@
-"""What a training depends on, in a few hashes and values: base, tokenizer, rows, flags."""
+"""What a run depends on, as a few hashes and values that a resume compares: base, tokenizer, rows, flags."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
 
-from qlora.data.tokenize import TokenizedRows
+from qlora.data.tokenized import TokenizedRows
 from qlora.errors import InputError
+from qlora.model.adapter import BASE, lora_settings
 from qlora.model.weights import loaded_folder, weight_files
+from qlora.run.checkpoint import load_state
 
-SAMPLES, SAMPLE_BYTES = 64, 2**14  # that are read of each file of weights
-FIXED = ("lora_r", "lora_target_modules", "use_dora", "optim")  # decide the shapes of what a checkpoint holds
-UNIMPORTANT = ("_name_or_path", "transformers_version")  # of a model's configuration
+SAMPLES, SAMPLE_BYTES = 64, 2**14  # read from each file of weights
+IGNORED_IN_CONFIG = ("_name_or_path", "transformers_version")  # of a model's configuration
+
+
+class Fingerprint:
+    """What this run depends on, by name. A resume compares each value with the checkpoint's as it is added.
+
+    `flags` are the first values. `allowed` names what may differ. Shapes of saved tensors depend on
+    `sets_shapes`: where one of these differs, only a new run can help. Raises InputError if the checkpoint
+    cannot be read.
+    """
+
+    def __init__(self, checkpoint: Path | None, flags: dict, allowed: list[str], sets_shapes: list[str]):
+        self.checkpoint = checkpoint
+        self.saved = load_state(checkpoint)["fingerprint"] if checkpoint else None
+        self.allowed, self.sets_shapes = allowed, sets_shapes
+        self.values = {}
+        self.add(**flags)
+
+    def add_data(self, tokenizer, train_rows: TokenizedRows) -> None:
+        self.add(tokenizer=tokenizer_fingerprint(tokenizer), data=rows_fingerprint(train_rows))
+
+    def add_base(self, model: str) -> None:
+        self.add(base=base_fingerprint(model))
+
+    def add_adapter(self, model) -> None:
+        self.add(**lora_settings(model))
+
+    @staticmethod
+    def of_rows(rows: TokenizedRows | None) -> str | None:
+        """The fingerprint of rows that may change on resume: validation rows."""
+        return None if rows is None else rows_fingerprint(rows)
+
+    def settings(self, train_rows: TokenizedRows) -> dict:
+        """What is saved with the adapter beside the training's flags: what these came to, and the base."""
+        kept = {"dataset_format": train_rows.row_format, "max_length": train_rows.max_length}
+        return kept | {BASE: self.values["base"]}
+
+    def add(self, **values) -> None:
+        """Add values; raises InputError, naming them, if some differ from the checkpoint's."""
+        self.values |= values
+        if self.saved is None:
+            return
+        changed = {
+            name: value
+            for name, value in values.items()
+            if name not in self.allowed and self.saved.get(name) != value
+        }
+        if not changed:
+            return
+        differences = "; ".join(
+            f"{name} {_describe_change(self.saved.get(name), value)}" for name, value in changed.items()
+        )
+        remedy = f"accept the change with --allow_changes {' '.join([*self.allowed, *changed])}"
+        if fixed := [name for name in changed if name in self.sets_shapes]:
+            remedy = f"start a new run from its adapter with --adapter (shapes depend on {' '.join(fixed)})"
+        raise InputError(
+            f"{self.checkpoint} was saved with different settings: {differences} - restore them, or {remedy}"
+        )
 
 
 def base_fingerprint(model: str) -> str:
     """A hash of a model's configuration and of samples from all over its weights.
 
-    `model` is a folder or the hub id of a model that has been loaded. The same wherever the files lie; it
-    takes a moment, where a hash of all the weights would take longer than loading them.
+    `model` is a folder, or the hub id of a model that has been loaded. The hash is the same wherever the
+    files are. It takes a moment; hashing all weights would take longer than loading them.
     """
     folder = loaded_folder(model)
     config = json.loads((folder / "config.json").read_text())
-    digest = _hash({name: value for name, value in config.items() if name not in UNIMPORTANT})
-    for path in weight_files(folder):  # without any the configuration must do
+    digest = _hash({name: value for name, value in config.items() if name not in IGNORED_IN_CONFIG})
+    for path in weight_files(folder):  # if there are none, the configuration has to do
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(str(size).encode())
@@ -37,35 +95,21 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """A hash of a tokenizer's vocabulary, special tokens and chat template."""
     fast = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
     if tokenizer.is_fast:
-        fast |= {"padding": None, "truncation": None}  # set by whoever used it last
+        fast |= {"padding": None, "truncation": None}  # left over from its last use
     return _hash([fast, tokenizer.special_tokens_map, tokenizer.chat_template]).hexdigest()
 
 
 def rows_fingerprint(rows: TokenizedRows) -> str:
     """A hash of the tokens that are trained on, in the order of the rows."""
     digest = _hash(rows.row_format)
-    for column in (rows.column("digest"), rows.column("targets"), rows.lengths, rows.sources):
+    for column in (rows.column("digest"), rows.column("targets"), rows.lengths, rows.source_ids):
         digest.update(column.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
-def refuse_changes(then: dict | None, now: dict, allowed: list[str], checkpoint: Path | None) -> None:
-    """Raise InputError, naming them, if entries of `now` differ from those of the checkpoint's run; `then` is
-    None if there is none."""
-    if then is None:
-        return
-    changed = {name: value for name, value in now.items() if name not in allowed and then.get(name) != value}
-    if changed:
-        were = "; ".join(f"{name} {_change(then.get(name), value)}" for name, value in changed.items())
-        way = f"accept what has changed by --allow_changes {' '.join([*allowed, *changed])}"
-        if fixed := [name for name in changed if name in FIXED]:
-            way = f"train its adapter further, by --adapter, without what {' '.join(fixed)} decides"
-        raise InputError(f"{checkpoint} is of another training: {were} - go on as it began, or {way}")
-
-
-def _change(then, now) -> str:
-    is_hash = isinstance(now, str) and len(now) == 64
-    return "is another" if is_hash else f"was {then}, now it is {now}"
+def _describe_change(saved, value) -> str:
+    is_hash = isinstance(value, str) and len(value) == 64
+    return "is not the same" if is_hash else f"was {saved}, now it is {value}"
 
 
 def _hash(value):

@@ -1,6 +1,6 @@
-"""Pictures of a run and of several. Each is there whole, or as it was.
+"""Plots of one run and of several, written atomically.
 
-matplotlib is slow to import: only what draws does.
+matplotlib is slow to import, so only the functions that draw import it.
 """
 
 import io
@@ -13,15 +13,15 @@ DOTS_PER_INCH = 120
 
 
 def save_loss(folder: Path) -> None:
-    """Draw metrics.jsonl of an --output_dir as its loss.png.
+    """Plot metrics.jsonl of an --output_dir as its loss.png.
 
-    Raises InputError if no line can be read, OSError if the picture cannot be written.
+    Raises InputError if metrics.jsonl has no valid line, OSError if the plot cannot be written.
     """
-    _save(_draw_loss(read_metrics(folder), folder.resolve().name), folder / "loss.png")
+    _save(draw_loss(read_metrics(folder), folder.resolve().name), folder / "loss.png")
 
 
 def save_lengths(report: dict, path: Path) -> None:
-    """The histogram of a data report's lengths as a picture, with --max_length as a line."""
+    """Plot the histogram of row lengths in a data report, with --max_length as a line; raises OSError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -33,18 +33,18 @@ def save_lengths(report: dict, path: Path) -> None:
     axes.axvline(
         report["max_length"], color="black", linestyle="--", label=f"--max_length {report['max_length']}"
     )
-    axes.set(xlabel="tokens in a row", ylabel="rows", title="Lengths of the rows")
+    axes.set(xlabel="tokens per row", ylabel="rows", title="Row lengths")
     axes.legend()
     _save(figure, path)
 
 
-def compare(runs: list[Run], path: Path) -> None:
-    """Draw the losses of several runs into one picture; raises OSError if it cannot be written."""
-    _save(_draw_comparison(runs), path)
+def save_comparison(runs: list[Run], path: Path) -> None:
+    """Plot the losses of several runs; raises OSError if the plot cannot be written."""
+    _save(draw_comparison(runs), path)
 
 
-def _draw_loss(metrics: list[dict], title: str):
-    """A figure of three panels over the steps: losses, learning rate, gradient norm."""
+def draw_loss(metrics: list[dict], title: str):
+    """A figure with three panels over the steps: losses, learning rate, gradient norm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 8), layout="constrained")
@@ -53,7 +53,7 @@ def _draw_loss(metrics: list[dict], title: str):
     if best := best_evaluation(metrics):
         label = f"validation loss, lowest {best['eval_loss']:.4f} at step {best['step']}"
         _plot(losses, metrics, "eval_loss", marker="o", color="C1", markersize=4, label=label)
-    losses.set(ylabel="loss (nats per token)", title=_plain(title))
+    losses.set(ylabel="loss (nats per token)", title=_escape(title))
     if losses.lines:
         losses.legend()
     _plot(rate, metrics, "learning_rate", color="C2")
@@ -66,8 +66,8 @@ def _draw_loss(metrics: list[dict], title: str):
     return figure
 
 
-def _draw_comparison(runs: list[Run]):
-    """A figure of one panel: training losses thin, validation losses as marked points, a colour a run."""
+def draw_comparison(runs: list[Run]):
+    """A figure with one panel and a color per run: thin lines for training losses, markers for validation."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -81,7 +81,7 @@ def _draw_comparison(runs: list[Run]):
     for run, color in zip(runs, colors):
         _plot(axes, run.metrics, "loss", color=color, linewidth=0.8, alpha=0.7)
         _plot(axes, run.metrics, "eval_loss", marker="o", color=color, markersize=5, linewidth=1.8)
-        handles.append(Line2D([], [], color=color, linewidth=3, label=_plain(run.name)))
+        handles.append(Line2D([], [], color=color, linewidth=3, label=_escape(run.name)))
     handles += [
         Line2D([], [], color="grey", linewidth=0.8, label="training loss"),
         Line2D([], [], color="grey", linewidth=1.8, marker="o", markersize=5, label="validation loss"),
@@ -92,13 +92,13 @@ def _draw_comparison(runs: list[Run]):
     return figure
 
 
-def _plot(axes, metrics: list[dict], name: str, marker: str | None = None, **look) -> None:
-    """Draw a value over the steps; one point alone, which no line would show, as a dot."""
+def _plot(axes, metrics: list[dict], name: str, marker: str | None = None, **style) -> None:
+    """Plot a value over the steps. A single point gets a marker: as a line it would be invisible."""
     steps, values = series(metrics, name)
     if len(values) == 1:
         marker = marker or "."
     if values:
-        axes.plot(steps, values, marker=marker, **look)
+        axes.plot(steps, values, marker=marker, **style)
 
 
 def _finish(*panels) -> None:
@@ -107,8 +107,8 @@ def _finish(*panels) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def _plain(name: str) -> str:
-    """A name as it is to be read: matplotlib takes what stands between two $ for a formula."""
+def _escape(name: str) -> str:
+    """Keep matplotlib from reading the text between two $ as a formula."""
     return name.replace("$", r"\$")
 
 

@@ -1,13 +1,13 @@
-"""What is printed, as text."""
+"""Text layout of what is printed: the start screen, answers side by side, tables."""
 
 
-def start_screen(**facts: str) -> str:
-    """The facts of a run, one a line."""
+def aligned(**facts: str) -> str:
+    """One line for each fact: its name, then its value, aligned."""
     return "\n".join(f"{name:<10}  {value}" for name, value in facts.items())
 
 
 def side_by_side(samples: list[dict]) -> str:
-    """Each prompt, and below it the answers of base and tuned model, as far as there are any."""
+    """Each prompt, followed by the answers of the base and the tuned model, whichever there are."""
     lines = []
     for sample in samples:
         lines.append(f"--- {sample['prompt']}")
@@ -16,13 +16,13 @@ def side_by_side(samples: list[dict]) -> str:
 
 
 def table(rows: list[list[str]], text_columns: int = 1) -> str:
-    """Aligned columns: the first ones, which hold text, to the left, the others to the right."""
+    """Aligned columns: the first `text_columns` left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
         cells = [
-            cell.ljust(width) if number < text_columns else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths))
+            cell.ljust(width) if column < text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

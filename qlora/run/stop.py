@@ -1,103 +1,103 @@
-"""How a run ends before its end, with a checkpoint: by a signal, a limit of time, an error."""
+"""Stopping early, with a checkpoint: signals, the time limit, out of memory, bad rows deep in a stream."""
 
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from qlora.errors import InputError, first_line
-from qlora.run.checkpoint import random_states, restore_random_states
-from qlora.run.files import damage
-from qlora.run.progress import Progress
-from qlora.speed.plan import is_out_of_memory
+from qlora.run.checkpoint import Checkpoints
+from qlora.speed.memory import is_out_of_memory
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 if hasattr(signal, "SIGHUP"):  # the terminal is gone; not on Windows
     SIGNALS.append(signal.SIGHUP)
-OUT_OF_TIME = 124  # the exit code, as timeout(1) has it
+OUT_OF_TIME = 124  # exit code, as timeout(1) has it
 
 
 class Stop:
-    """Whether a run should stop, which it asks where it can; true once a signal has come or time is up.
+    """Whether the run has to stop early: a signal has arrived, or its time is up.
 
-    As a context it catches the signals; a second one leaves at once. `until` is a time.monotonic() or None.
+    Signals are caught while the context is entered; a second one exits at once.
     """
 
-    def __init__(self, until: float | None):
-        self.until = until
+    def __init__(self, max_hours: float | None):
+        self.deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self.has_progressed = False
         self.signal = None
-        self.before = {}
+        self.handlers_before = {}
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in SIGNALS:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as whoever started this wants it
-                    self.before[number] = signal.signal(number, self._ask)
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored signals stay ignored
+                    self.handlers_before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame) -> None:
+    def _on_signal(self, number: int, frame) -> None:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
         # Not print(): the handler may have interrupted one.
-        text = f"\n{signal.Signals(number).name}: this step ends, a checkpoint follows; again: out at once\n"
+        name = signal.Signals(number).name
+        text = f"\n{name}: saving a checkpoint after this step; send it again to exit at once\n"
         with suppress(OSError):  # the terminal may be gone
             os.write(2, text.encode())
 
-    def __bool__(self) -> bool:
-        return self.signal is not None or (self.until is not None and time.monotonic() >= self.until)
+    def step_done(self) -> None:
+        """Record that a step was taken. No run times out before its first one, so that a run that is resumed
+        again and again makes progress."""
+        self.has_progressed = True
 
-    @property
-    def reason(self) -> str:
-        return "--max_hours" if self.signal is None else signal.Signals(self.signal).name
+    def is_due(self) -> bool:
+        """Whether to stop at the next step boundary."""
+        is_late = self.deadline is not None and time.monotonic() >= self.deadline
+        return self.signal is not None or (is_late and self.has_progressed)
 
-    @property
-    def exit_code(self) -> int:
-        return OUT_OF_TIME if self.signal is None else 128 + self.signal
+    def exit(self, step: int, is_saved: bool, say: Callable[[str], None]) -> NoReturn:
+        """Say how to resume, and raise SystemExit with the exit code of the reason."""
+        reason = "--max_hours" if self.signal is None else signal.Signals(self.signal).name
+        saved = f"checkpoint-{step} is complete" if is_saved else "steps since the last checkpoint are LOST"
+        say(f"stopped by {reason} after step {step}: {saved}. Resume with --resume_from_checkpoint latest")
+        sys.exit(OUT_OF_TIME if self.signal is None else 128 + self.signal)
 
 
 class Rescue:
-    """As a context: what ends the loop by one line first ends in a checkpoint of the last whole step.
+    """A context around the loop, which saves the last complete step before an error ends the run.
 
-    That is an InputError, as of a row deep in a stream, or an out-of-memory error: the rehearsal has shown
-    that a step fits, so something else has taken the memory since.
+    The errors are InputError, of a row deep in a stream for example, and running out of memory: a step was
+    rehearsed and fits, so something else has taken memory since. Anything else is a bug, and keeps its
+    traceback.
     """
 
-    def __init__(self, output_dir: Path, model, optimizer, progress: Progress, save: Callable[[], bool]):
-        self.output_dir, self.model, self.optimizer = output_dir, model, optimizer
-        self.progress, self.save = progress, save
-        self.first_step = progress.step
-        self.drawn = None  # the random states before the step that is being taken
-
-    def step_begins(self) -> None:
-        self.drawn = random_states()
-
-    def step_ends(self) -> None:
-        self.drawn = None
+    def __init__(self, checkpoints: Checkpoints, model, optimizer, say: Callable[[str], None]):
+        self.checkpoints, self.model, self.optimizer, self.say = checkpoints, model, optimizer, say
+        self.first_step = checkpoints.progress.step
 
     def __enter__(self) -> "Rescue":
         return self
 
     def __exit__(self, kind, error, frames) -> None:
-        is_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
-        if not is_memory and not isinstance(error, InputError):
+        ran_out = isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error)
+        if not ran_out and not isinstance(error, InputError):
             return
         reason = str(error)
-        if is_memory:
+        if ran_out:
             reason = (
-                f"out of memory after step {self.progress.step} ({first_line(error)}): has another process "
-                "taken some? A new start plans for what is then free; a smaller "
+                f"out of memory after step {self.checkpoints.progress.step} ({first_line(error)}): has "
+                "another process taken some? A restart plans for the memory that is free then; a smaller "
                 "--per_device_train_batch_size or --max_length needs less"
             )
             traceback.clear_frames(frames)
@@ -108,12 +108,11 @@ class Rescue:
         raise InputError(f"{reason} - {self._save()}") from error
 
     def _save(self) -> str:
-        """Save the last whole step, unless that is done; returns what there is to go on from."""
-        if self.drawn is not None:
-            restore_random_states(self.drawn)
-        step = self.progress.step
-        if step > self.first_step and damage(self.output_dir / f"checkpoint-{step}") and not self.save():
-            return "the last steps could NOT be saved, --resume_from_checkpoint latest has those before"
-        if step == 0:
-            return "no step was taken yet"
-        return f"--resume_from_checkpoint latest goes on after step {step}"
+        """Save the last complete step unless it is saved; returns where the run can be resumed."""
+        step = self.checkpoints.progress.step
+        is_new = step > self.first_step and not self.checkpoints.is_saved(step)
+        if is_new and not self.checkpoints.save_last_complete_step(self.say):
+            return "steps since the last checkpoint are LOST; --resume_from_checkpoint latest resumes there"
+        if step == self.first_step:
+            return "no step was completed, so the same command starts from the same point"
+        return f"--resume_from_checkpoint latest resumes after step {step}"

@@ -1,7 +1,9 @@
-"""wandb, which can never stop a run."""
+"""Tracking with wandb. Whatever goes wrong with it, the training continues."""
 
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,57 +12,67 @@ from qlora.errors import first_line
 
 
 class Wandb:
-    """A wandb run; whatever goes wrong with it costs one warning and the tracking, never the training."""
+    """A wandb run. The first call that fails or does not return prints a warning and ends the tracking."""
 
-    def __init__(self, output_dir: Path, name: str, config: dict, is_resumed: bool, seconds: float = 30):
-        self.seconds = seconds  # longest wait for an answer; at the start and at the end it may come to that
-        self.run = self._guard(
-            "start", _start_wandb, output_dir / "wandb_run_id", name, config, is_resumed, seconds
-        )
+    def __init__(
+        self, output_dir: Path, name: str, config: dict, is_resumed: bool, timeout_seconds: float = 30
+    ):
+        self.timeout_seconds = timeout_seconds  # for wandb itself; we wait a little longer for its answer
+        id_file = output_dir / "wandb_run_id"
+        self.run = self._call("start", _start_wandb, id_file, name, config, is_resumed, timeout_seconds)
 
     def log(self, values: dict) -> None:
+        """Log `values` at their "step"; "samples" among them become a table."""
         if self.run is not None:
-            self._guard("log", _log_wandb, self.run, values)
+            self._call("log", _log_wandb, self.run, values)
 
     def finish(self) -> None:
+        """Upload what is left."""
         if self.run is not None:
-            self._guard("finish", self.run.finish)
+            self._call("finish", self.run.finish)
 
-    def _guard(self, what: str, call, *arguments):
-        """Return what the call returns; if it fails or takes too long, warn and stop tracking."""
-        results, failures = [], []
+    def _call(self, action: str, function: Callable, *arguments):
+        """Call the function in a thread and return its result; on failure or timeout, warn and stop tracking.
 
-        def guarded():
-            try:
-                results.append(call(*arguments))
-            except BaseException as error:  # wandb's client also raises SystemExit and KeyboardInterrupt
-                failures.append(first_line(error))
-
-        thread = threading.Thread(target=guarded, daemon=True)
-        thread.start()
-        thread.join(self.seconds + 5)
-        if results:
-            return results[0]
-        reason = failures[0] if failures else "no answer"
+        The thread is a daemon, because a call that hangs must not keep the process alive.
+        """
+        outcome = Future()
+        threading.Thread(target=_run_into, args=(outcome, function, arguments), daemon=True).start()
+        try:
+            error = outcome.exception(self.timeout_seconds + 5)  # does not raise it, unlike result()
+        except TimeoutError:
+            reason = "no answer"
+        else:
+            if error is None:
+                return outcome.result()
+            reason = first_line(error)
         tqdm.write(
-            f"wandb could not {what} ({reason}): training goes on without it, metrics.jsonl has all numbers"
+            f"wandb could not {action} ({reason}): training continues without it, metrics.jsonl has "
+            "all numbers"
         )
         self.run = None
 
 
-def _start_wandb(id_file: Path, name: str, config: dict, is_resumed: bool, seconds: float):
-    """Start a run in the project $WANDB_PROJECT (default: qlora), or continue the one of `id_file`."""
+def _run_into(outcome: Future, function: Callable, arguments: tuple) -> None:
+    try:
+        outcome.set_result(function(*arguments))
+    except BaseException as error:  # wandb's client also raises SystemExit and KeyboardInterrupt
+        outcome.set_exception(error)
+
+
+def _start_wandb(id_file: Path, name: str, config: dict, is_resumed: bool, timeout_seconds: float):
+    """Start a run in the project $WANDB_PROJECT (default: qlora), or continue the one named in `id_file`."""
     import wandb
 
     if os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-        wandb.login(prompt=False)  # raises without a key, instead of asking a terminal that nobody watches
+        wandb.login(prompt=False)  # without a key it raises, instead of waiting for input
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "qlora"),
         name=name,
         config=config,
         resume="allow",
         id=id_file.read_text() if is_resumed and id_file.exists() else None,
-        settings=wandb.Settings(init_timeout=seconds),
+        settings=wandb.Settings(init_timeout=timeout_seconds),
     )
     id_file.write_text(run.id)
     return run

@@ -1,4 +1,4 @@
-"""The model card and the upload, with a hub that is played."""
+"""The model card and the upload, to a fake hub."""
 
 import json
 
@@ -7,12 +7,13 @@ from huggingface_hub.utils import filter_repo_objects
 
 from qlora import merge
 from qlora.errors import InputError
+from qlora.merge import merged_card
 from qlora.run import hub
 
 
 @pytest.fixture
 def uploads(monkeypatch):
-    """What was sent to a hub that takes all; its names are read as `you/name`."""
+    """What was sent to a fake hub that accepts everything; its user is called `you`."""
     sent = []
 
     class Api:
@@ -69,21 +70,21 @@ def test_a_merged_model_is_uploaded_under_its_folders_name(run, base, tmp_path, 
         ("{", ""),
     ],
 )
-def test_a_card_is_written_whatever_the_run_has_left(tmp_path, flags, metrics):
+def test_a_card_is_written_even_if_the_runs_records_are_corrupt(tmp_path, flags, metrics):
     (tmp_path / "train_config.json").write_text(flags)
     (tmp_path / "metrics.jsonl").write_text(metrics)
-    assert "# tiny" in hub.model_card("you/tiny", "you/base", tmp_path, is_merged=True)
+    assert "# tiny" in merged_card("you/tiny", "you/base", tmp_path)
 
 
-def test_a_path_that_is_no_longer_there_is_not_said(tmp_path):
+def test_paths_that_no_longer_exist_are_not_on_the_card(tmp_path):
     (tmp_path / "train_config.json").write_text(
         '{"dataset": ["/home/me/secret/rows.jsonl", "data/rows.csv"]}'
     )
-    card = hub.model_card("you/tiny", "/home/me/secret/base", tmp_path, is_merged=False)
+    card = merged_card("you/tiny", "/home/me/secret/base", tmp_path)
     assert "secret" not in card and "data/" not in card and "`rows.jsonl`, `rows.csv`" in card
 
 
-def test_the_card_says_base_data_flags_and_losses_but_no_path(run, rows_file, base):
+def test_the_card_has_base_data_flags_and_losses_but_no_paths(run, rows_file, base):
     _, folder = run("--max_steps 2 --eval_steps 1 --logging_steps 1 --lora_r 5 --validation_split 0.1")
     card = (folder / "README.md").read_text()
     assert "# out\n" in card and "A QLoRA adapter for `tiny-llama`" in card and "`rows.jsonl`" in card
@@ -92,25 +93,42 @@ def test_the_card_says_base_data_flags_and_losses_but_no_path(run, rows_file, ba
     assert rows_file not in card and base not in card and str(folder) not in card
 
 
-def test_a_base_and_data_of_the_hub_are_linked(tmp_path):
+def test_the_card_links_base_and_data_on_the_hub(tmp_path):
     (tmp_path / "train_config.json").write_text('{"dataset": ["someone/rows"]}')
-    card = hub.model_card("you/tiny", "meta-llama/Llama-2-7b-hf", tmp_path, is_merged=True)
+    card = merged_card("you/tiny", "meta-llama/Llama-2-7b-hf", tmp_path)
     assert "base_model: meta-llama/Llama-2-7b-hf\n" in card and "datasets:\n- someone/rows\n" in card
     assert 'AutoModelForCausalLM.from_pretrained("you/tiny"' in card
 
 
-def test_who_is_not_logged_in_hears_it_before_the_data_is_read(run, monkeypatch):
+def test_the_card_shows_no_flag_that_names_a_place_or_that_it_does_not_know(tmp_path):
+    flags = {"lora_r": 5, "sample_prompts": "secret.jsonl", "output_dir": "/secret", "unknown": "secret"}
+    (tmp_path / "train_config.json").write_text(json.dumps(flags | {"max_hours": 2}))
+    card = merged_card("you/tiny", "you/base", tmp_path)
+    assert "| `--lora_r` | 5 |" in card and "secret" not in card and "max_hours" not in card
+
+
+def test_the_card_of_a_run_without_evaluations_has_its_last_loss():
+    metrics = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 3, "loss": None}]
+    card = hub.model_card(
+        "you/tiny", "you/base", [], {"lora_r": 8, "adapter": None}, metrics, is_merged=False
+    )
+    assert card.endswith("|---|---|---|\n| 3 | 2.5000 |  |\n") and "adapter` |" not in card
+
+
+def test_a_missing_login_is_reported_before_the_data_is_read(run, monkeypatch):
     monkeypatch.setattr("train.load_data", lambda config: pytest.fail("read"))
-    with pytest.raises(InputError, match=r"--push_to_hub: the hub does not know you"):
+    with pytest.raises(InputError, match=r"--push_to_hub: cannot log in to the hub"):
         run("--max_steps 1 --push_to_hub")  # offline
-    with pytest.raises(InputError, match="--hub_model_id a/b/c is no name for a repository"):
+    with pytest.raises(InputError, match="--hub_model_id a/b/c is not a valid repository name"):
         run("--max_steps 1 --push_to_hub --hub_model_id a/b/c")
 
 
-def test_an_upload_that_fails_says_where_the_adapter_is(run, uploads, monkeypatch):
+def test_a_failed_upload_names_the_folder_of_the_adapter(run, uploads, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("503 Service Unavailable")
 
     monkeypatch.setattr(hub.HfApi, "upload_folder", fail)
-    with pytest.raises(InputError, match=r"503 Service Unavailable.*all of it is in .*out: hf upload"):
+    with pytest.raises(
+        InputError, match=r"503 Service Unavailable.*everything is in .*out, to upload it later: hf upload"
+    ):
         run("--max_steps 1 --push_to_hub")

@@ -1,145 +1,104 @@
-"""metrics.jsonl, and a tracker that is missing, unreachable or silent: none of it may stop or delay a run."""
+"""metrics.jsonl, progress bar and plots: whatever fails there costs its own output, not the run."""
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
-import threading
-import time
+import signal
+from pathlib import Path
 
 import pytest
 
-import qlora.run.log
+from qlora.errors import InputError
 from qlora.run.log import RunLog
-from qlora.run.tracker import Wandb
-from tests.conftest import ROOT
-from tests.test_train import metrics
+from tests.results import metrics
+from tests.run.faults import out_of_memory, signal_after_step
 
 
-def line(step, **values):
+def line(step: int, **values) -> dict:
     return {"step": step, "loss": 1.0, "learning_rate": 1e-4, "tokens_per_s": 10.0} | values
 
 
-def test_metrics_lines_survive_a_resume_and_stay_valid_json(tmp_path):
-    log = RunLog(tmp_path, total_steps=4, first_step=0)
-    log.begin()
-    for step in (1, 2, 3):
-        log.train(**line(step, grad_norm=math.inf))
-    log.close()
+def strict_lines(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl; NaN and Infinity, which are not JSON, fail the test."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(text, parse_constant=pytest.fail) for text in lines]
+
+
+def test_a_resume_drops_the_lines_of_steps_that_it_repeats(tmp_path):
+    with RunLog(tmp_path, total_steps=4, first_step=0) as log:
+        log.begin()
+        for step in (1, 2, 3):
+            log.train(**line(step, grad_norm=math.inf))
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # cut short by a kill
-    log = RunLog(tmp_path, total_steps=4, first_step=2)  # resumed from a checkpoint of step 2
-    log.begin()
-    log.train(**line(3, loss=0.5))
-    log.close()
-    lines = [json.loads(text, parse_constant=pytest.fail) for text in open(tmp_path / "metrics.jsonl")]
+        file.write('{"step": 4, "lo')  # truncated by a kill
+    with RunLog(tmp_path, total_steps=4, first_step=2) as log:  # resumed from checkpoint-2
+        log.begin()
+        log.train(**line(3, loss=0.5))
+    lines = strict_lines(tmp_path)
     assert [(entry["step"], entry["loss"]) for entry in lines] == [(1, 1.0), (2, 1.0), (3, 0.5)]
     assert lines[0]["grad_norm"] is None
 
 
-def test_metrics_that_are_no_text_or_could_not_be_opened_cost_their_own_lines(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_repeated, kept", [(False, ["loss", "eval_loss"]), (True, ["loss"])])
+def test_an_evaluation_that_is_repeated_replaces_its_line(tmp_path, is_repeated, kept):
+    with RunLog(tmp_path, total_steps=4, first_step=0) as log:
+        log.train(**line(2))
+        log.evaluation(1.0, step=2)
+    with RunLog(tmp_path, total_steps=4, first_step=2) as log:
+        log.begin(is_repeated)
+    assert [name for entry in metrics(tmp_path) for name in entry if "loss" in name] == kept
+
+
+def test_unreadable_lines_and_a_file_that_cannot_be_opened_cost_only_their_lines(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe{"step": 2}\n{"step": 3}\n')
-    log = RunLog(tmp_path, total_steps=6, first_step=3)
-    with monkeypatch.context() as patch:
-        patch.setattr(qlora.run.log, "replace_file", lambda *_: fail())
+    (tmp_path / "metrics.jsonl.tmp").mkdir()  # where the lines to keep are written
+    with RunLog(tmp_path, total_steps=6, first_step=3) as log:
         log.begin()
         log.train(**line(4))
-    log.train(**line(5))
-    log.close()
-    lines = [json.loads(text) for text in open(tmp_path / "metrics.jsonl")]
-    assert [entry["step"] for entry in lines] == [1, 3, 5]
+        (tmp_path / "metrics.jsonl.tmp").rmdir()
+        log.train(**line(5))
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1, 3, 5]
+    assert capsys.readouterr().out.count("training continues without its lines") == 1
 
 
-def fail():
-    raise OSError(30, "Read-only file system")
+def test_lines_of_other_programs_do_not_end_a_resume(run):
+    _, folder = run("--max_steps 2 --save_steps 1 --save_total_limit 0")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('7\n{"step": null}\n[]\n')
+    run("--max_steps 2 --resume_from_checkpoint", str(folder / "checkpoint-1"))
+    assert [line["step"] for line in metrics(folder)] == [2]
 
 
-WANDB_RUN = """
-import sys
-from pathlib import Path
-from qlora.run.tracker import Wandb
-tracker = Wandb(Path(sys.argv[1]), "name", {"a": 1}, is_resumed=False, seconds=2)
-tracker.log({"step": 1, "loss": 0.5})
-tracker.finish()
-print("training went on", flush=True)
-"""
+def test_a_validation_loss_that_is_nan_is_logged_as_null_and_printed_without_inf(tmp_path, capsys):
+    with RunLog(tmp_path, total_steps=4, first_step=0) as log:
+        log.evaluation(math.nan, step=2, epoch=0.5)
+        log.evaluation(1000.0, step=4, epoch=1.0)  # its perplexity would overflow
+    assert strict_lines(tmp_path) == [
+        {"step": 2, "epoch": 0.5, "eval_loss": None, "eval_perplexity": None},
+        {"step": 4, "epoch": 1.0, "eval_loss": 1000.0, "eval_perplexity": None},
+    ]
+    printed = capsys.readouterr().out
+    assert "step 2: validation loss nan, perplexity none\n" in printed
+    assert "step 4: validation loss 1000.0000, perplexity none\n" in printed
+    assert "inf" not in printed
 
 
-@pytest.fixture
-def silent_server():
-    """Accepts connections and never answers."""
-    server = socket.create_server(("127.0.0.1", 0))
-    held = []
-
-    def accept():
-        try:
-            while True:
-                held.append(server.accept())
-        except OSError:
-            return
-
-    threading.Thread(target=accept, daemon=True).start()
-    yield f"http://127.0.0.1:{server.getsockname()[1]}"
-    server.close()
+# ---------------------------------------------------------------- plots and flags
 
 
-@pytest.mark.parametrize("trouble", ["no key", "unreachable", "silent"])
-def test_a_tracker_in_trouble_costs_one_warning(trouble, silent_server, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    environment |= {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    if trouble != "no key":
-        address = silent_server if trouble == "silent" else "http://127.0.0.1:9"  # port 9: nobody listens
-        environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address}
-    started = time.time()
-    result = subprocess.run(
-        [sys.executable, "-c", WANDB_RUN, str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "training went on" in result.stdout
-    assert (result.stdout + result.stderr).count("training goes on without it") == 1
-    assert time.time() - started < 40
-
-
-def test_a_tracker_that_fails_later_is_dropped(tmp_path, capsys):
-    tracker = Wandb(tmp_path, "name", {}, is_resumed=False)  # WANDB_MODE=disabled: starts offline
-    assert tracker.run is not None
-    tracker.run.log = lambda *_: 1 / 0
-    tracker.log({"step": 1, "loss": 1.0})
-    tracker.log({"step": 2, "loss": 1.0})
-    assert tracker.run is None
-    assert capsys.readouterr().out.count("wandb could not log") == 1
-
-
-def test_a_resumed_run_continues_its_own_track(tmp_path):
-    first = Wandb(tmp_path, "name", {}, is_resumed=False)
-    assert (tmp_path / "wandb_run_id").read_text() == first.run.id
-    (tmp_path / "wandb_run_id").write_text("kept-id")
-    assert Wandb(tmp_path, "name", {}, is_resumed=True).run.id == "kept-id"
-    assert Wandb(tmp_path, "name", {}, is_resumed=False).run.id != "kept-id"
-
-
-def test_the_losses_are_drawn_at_every_evaluation_and_at_the_end(run, rows_file, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("qlora.run.log.save_loss", lambda folder: drawn.append(len(metrics(folder))))
+def test_the_losses_are_plotted_at_every_evaluation_and_at_the_end(run, rows_file, monkeypatch):
+    plotted = []
+    monkeypatch.setattr("qlora.run.log.save_loss", lambda folder: plotted.append(len(metrics(folder))))
     run(f"--max_steps 3 --logging_steps 1 --eval_steps 2 --validation_dataset {rows_file}")
-    assert drawn == [3, 5, 5]  # lines: two losses and an evaluation, a loss and an evaluation, the end
+    assert plotted == [3, 5, 5]  # lines: two losses and an evaluation, a loss and an evaluation, the end
 
 
-def test_flags_and_lengths_are_kept_beside_the_metrics(run):
+def test_flags_and_row_lengths_are_saved_beside_the_metrics(run):
     _, folder = run("--max_steps 1 --lora_r 5")
     assert json.loads((folder / "train_config.json").read_text())["lora_r"] == 5
     assert {path.name for path in folder.glob("*.png")} == {"loss.png", "lengths.png"}
 
 
-def test_a_picture_that_fails_costs_a_line(run, monkeypatch, capsys):
+def test_a_plot_that_fails_costs_one_printed_line(run, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no font")
 
@@ -147,12 +106,32 @@ def test_a_picture_that_fails_costs_a_line(run, monkeypatch, capsys):
     monkeypatch.setattr("qlora.run.log.save_loss", fail)
     _, folder = run("--max_steps 1")
     assert (folder / "adapter_model.safetensors").exists()
-    assert "lacks a picture or its flags (no font)" in capsys.readouterr().out
+    assert "a plot or the flags could not be written to " in capsys.readouterr().out
 
 
-def test_a_line_of_somebody_else_does_not_end_a_resume(run):
-    _, folder = run("--max_steps 2 --save_steps 1 --save_total_limit 0")
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('7\n{"step": null}\n[]\n')
-    run("--max_steps 2 --resume_from_checkpoint", str(folder / "checkpoint-1"))
-    assert [line["step"] for line in metrics(folder)] == [2]
+def test_a_run_that_ends_before_its_first_line_plots_nothing_and_prints_nothing_of_it(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt), RunLog(tmp_path, total_steps=4, first_step=0) as log:
+        log.begin()
+        raise KeyboardInterrupt
+    captured = capsys.readouterr()
+    assert captured.out == "" and "plot" not in captured.err and not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("logging_steps, is_plotted", [(10, False), (1, True)])
+def test_a_run_interrupted_before_its_first_line_prints_nothing_of_plots(
+    run, capsys, tmp_path, logging_steps, is_plotted
+):
+    with signal_after_step(1, signal.SIGINT), pytest.raises(SystemExit, match="130"):
+        run(f"--max_steps 20 --logging_steps {logging_steps}")
+    captured = capsys.readouterr()
+    assert "stopped by SIGINT after step 1" in captured.out
+    assert "could not be written" not in captured.out + captured.err
+    assert (tmp_path / "out" / "loss.png").exists() == is_plotted
+
+
+def test_a_run_that_fails_in_its_first_step_prints_nothing_of_plots(run, capsys, monkeypatch):
+    monkeypatch.setattr("train.target_logprobs", out_of_memory)
+    with pytest.raises(InputError, match="out of memory after step 0"):
+        run("--max_steps 20")
+    captured = capsys.readouterr()
+    assert "could not be written" not in captured.out + captured.err

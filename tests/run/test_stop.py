@@ -1,0 +1,161 @@
+"""Signals, the time limit, and errors that end a run with a checkpoint."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from qlora.errors import InputError
+from qlora.run.checkpoint import Checkpoints, list_checkpoints
+from qlora.run.stop import Rescue, Stop
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def default_hangup():
+    """Whoever runs the tests may ignore SIGHUP, as nohup does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_is_noted_and_names_itself_in_message_and_exit_code(number, code, capfd):
+    before, messages = signal.getsignal(number), []
+    with Stop(None) as stop:
+        assert not stop.is_due()
+        os.kill(os.getpid(), number)
+        assert stop.is_due()
+    assert signal.getsignal(number) is before
+    name = signal.Signals(number).name
+    assert f"{name}: saving a checkpoint after this step" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        stop.exit(3, True, messages.append)
+    assert exit.value.code == code
+    remedy = "Resume with --resume_from_checkpoint latest"
+    assert messages == [f"stopped by {name} after step 3: checkpoint-3 is complete. {remedy}"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Stop(None) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.is_due()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_second_signal_exits_at_once():
+    script = """
+import os, signal
+from qlora.run.stop import Stop
+with Stop(None):
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still running", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("not any more", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (143, "still running\n"), done.stderr
+
+
+def test_a_thread_can_train_without_signal_handlers():
+    before, stops = signal.getsignal(signal.SIGTERM), []
+
+    def use_stop():
+        with Stop(None) as stop:
+            stops.append(stop.is_due())
+
+    thread = threading.Thread(target=use_stop)
+    thread.start()
+    thread.join()
+    assert stops == [False] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_time_limit_counts_only_after_a_step():
+    stop, messages = Stop(max_hours=1e-9), []
+    assert not stop.is_due()
+    stop.step_done()
+    assert stop.is_due()
+    with pytest.raises(SystemExit) as exit:
+        stop.exit(1, False, messages.append)
+    assert exit.value.code == 124
+    assert messages[0].startswith(
+        "stopped by --max_hours after step 1: steps since the last checkpoint are LOST."
+    )
+
+
+def test_without_a_limit_or_before_it_a_run_continues():
+    for max_hours in (None, 1):
+        stop = Stop(max_hours)
+        stop.step_done()
+        assert not stop.is_due()
+
+
+# ---------------------------------------------------------------- errors in the loop
+
+
+def rescue(checkpoints: Checkpoints, say=pytest.fail) -> Rescue:
+    return Rescue(checkpoints, checkpoints.model, checkpoints.optimizer, say)
+
+
+def test_an_input_error_saves_the_last_complete_step(new_checkpoints):
+    checkpoints = new_checkpoints()
+    with pytest.raises(InputError) as error, rescue(checkpoints):
+        checkpoints.progress.step = 3
+        checkpoints.mark_boundary()
+        raise InputError("line 99 is not valid JSON")
+    assert (
+        str(error.value) == "line 99 is not valid JSON - --resume_from_checkpoint latest resumes after step 3"
+    )
+    assert list_checkpoints(checkpoints.output_dir) == [checkpoints.folder(3)] and checkpoints.is_saved(3)
+
+
+def test_running_out_of_memory_saves_the_last_complete_step_and_frees_the_gradients(new_checkpoints):
+    checkpoints = new_checkpoints()
+    weight = next(weight for weight in checkpoints.model.parameters() if weight.requires_grad)
+    with pytest.raises(InputError) as error, rescue(checkpoints):
+        checkpoints.progress.step = 3
+        weight.grad = torch.ones_like(weight)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert "out of memory after step 3 (CUDA out of memory. Tried to allocate 2.00 GiB)" in str(error.value)
+    assert "smaller --per_device_train_batch_size or --max_length" in str(error.value)
+    assert weight.grad is None and checkpoints.is_saved(3)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), TypeError("a bug"), KeyboardInterrupt()]
+)
+def test_other_errors_pass_unchanged_and_save_nothing(new_checkpoints, error):
+    checkpoints = new_checkpoints()
+    with pytest.raises(type(error)) as raised, rescue(checkpoints):
+        checkpoints.progress.step = 3
+        raise error
+    assert raised.value is error and not list_checkpoints(checkpoints.output_dir)
+
+
+def test_before_the_first_step_there_is_nothing_to_save(new_checkpoints):
+    checkpoints = new_checkpoints()
+    with pytest.raises(InputError, match="bad row - no step was completed, so the same"), rescue(checkpoints):
+        raise InputError("bad row")
+    assert not list_checkpoints(checkpoints.output_dir)
+
+
+def test_an_error_in_the_first_step_of_a_resumed_run_does_not_promise_a_checkpoint(new_checkpoints):
+    """It may have been resumed from a checkpoint elsewhere, or beside a newer one."""
+    checkpoints = new_checkpoints(first_step=4)
+    with pytest.raises(InputError, match="no step was completed, so the same"), rescue(checkpoints):
+        raise InputError("bad row")
+
+
+def test_an_error_after_which_nothing_can_be_saved_says_so(new_checkpoints, monkeypatch):
+    checkpoints, messages = new_checkpoints(), []
+    monkeypatch.setattr(checkpoints, "_write", lambda folder: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(InputError, match="steps since the last checkpoint are LOST"):
+        with rescue(checkpoints, messages.append):
+            checkpoints.progress.step = 3
+            raise InputError("bad row")
+    assert len(messages) == 1 and "step 3: no checkpoint could be saved" in messages[0]
