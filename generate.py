@@ -4,24 +4,30 @@ One prompt, a file of prompts or, with neither, an interactive chat. Flags: Gene
 """
 
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import torch
 import transformers
-from tqdm import tqdm
 
-from qlora.commands import compute_of, load_base_of, parse_for_adapter
+from qlora.commands import choose_device, load_base_for, parse_for_adapter
 from qlora.config import GenerateConfig
 from qlora.errors import InputError
 from qlora.model.adapter import load_adapter
 from qlora.model.base import load_config, load_tokenizer
-from qlora.model.generation import PromptWriter, generate, read_prompts, room_for_prompt
+from qlora.model.generation import PromptWriter, generate, generate_batches, read_prompts, room_for_prompt
 from qlora.run.files import check_output_file
+from qlora.run.terminal import command
 
 
-def main(config: GenerateConfig) -> None:
+def main(argv: list[str] | None = None) -> None:
+    with command("generate.py"):
+        answer(parse_for_adapter(GenerateConfig, argv))
+
+
+def answer(config: GenerateConfig) -> None:
+    """Answer what the flags ask for; raises InputError."""
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
     writer = PromptWriter(
@@ -31,24 +37,34 @@ def main(config: GenerateConfig) -> None:
         max_tokens=room_for_prompt(model_config, config.max_new_tokens, "max_new_tokens"),
     )
 
-    # Prompts before the model: a bad row should not cost the minutes that loading takes.
+    # Prompts before the model: an invalid row should not cost the minutes that loading takes.
+    rows, prompts = [], []
     if config.prompts_file:
-        prompts_file = Path(config.prompts_file)
-        output_file = Path(config.output_file or prompts_file.with_suffix(".answers.jsonl"))
-        if output_file.resolve() == prompts_file.resolve():
-            raise InputError(f"--output_file {output_file} would overwrite the prompts")
-        check_output_file(output_file)
-        prompts = read_prompts(config.prompts_file, writer)
-        for where, row, _ in prompts:
-            if "answer" in row:
-                raise InputError(f"{where} has a column 'answer', which its answer would replace: rename it")
+        output_file = choose_output_file(config.prompts_file, config.output_file)
+        rows, prompts = read_rows_to_answer(config.prompts_file, writer)
     elif config.prompt is not None:
-        prompt = writer.chat([{"role": "user", "content": config.prompt}])
+        prompts = [writer.chat([{"role": "user", "content": config.prompt}])]
 
-    model = load_base_of(config)
+    model = load_base_for(config, config.load_in_4bit)
     if config.adapter:
         model = load_adapter(model, config.adapter, is_trainable=False)
-    _, autocast = compute_of(config)
+    _, autocast = choose_device(getattr(torch, config.dtype))
+    options = generation_options(config)
+    if config.prompts_file:
+        batches = generate_batches(
+            model, tokenizer, prompts, config.batch_size, autocast, seed=config.seed, **options
+        )
+        write_answers(rows, batches, output_file)
+        print(f"{len(rows)} answers in {output_file}")
+    elif config.prompt is not None:
+        streamer = stdout_streamer(tokenizer)
+        generate(model, tokenizer, prompts, autocast, seed=config.seed, streamer=streamer, **options)
+    else:
+        chat(writer, partial(generate, model, tokenizer, autocast=autocast, **options), config.seed)
+
+
+def generation_options(config: GenerateConfig) -> dict:
+    """The flags that GenerationMixin.generate() takes; it warns about sampling flags without do_sample."""
     options = {
         "max_new_tokens": config.max_new_tokens,
         "repetition_penalty": config.repetition_penalty,
@@ -56,60 +72,65 @@ def main(config: GenerateConfig) -> None:
     }
     if config.do_sample:
         options |= {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-    answer = partial(generate, model, tokenizer, autocast=autocast, **options)
-    if config.prompts_file:
-        answer_file(prompts, output_file, config, answer)
-    elif config.prompt is not None:
-        answer([prompt], seed=config.seed, streamer=console(tokenizer))
-    else:
-        chat(writer, answer, config.seed)
+    return options
 
 
-def answer_file(
-    prompts: list[tuple[str, dict, list[int]]], output_file: Path, config: GenerateConfig, answer: Callable
-) -> None:
-    """Write each row with its `answer` to the output file, batch by batch in the rows' order."""
+def choose_output_file(prompts_file: str, output_file: str | None) -> Path:
+    """Where the answers go; raises InputError if nothing can or should be written there."""
+    path = Path(output_file or Path(prompts_file).with_suffix(".answers.jsonl"))
+    if path.resolve() == Path(prompts_file).resolve():
+        raise InputError(f"--output_file {path} would overwrite the prompts")
+    check_output_file(path)
+    return path
+
+
+def read_rows_to_answer(prompts_file: str, writer: PromptWriter) -> tuple[list[dict], list[list[int]]]:
+    """(rows, their prompts in token ids); raises InputError."""
+    prompts = read_prompts(prompts_file, writer)
+    for where, row, _ in prompts:
+        if "answer" in row:
+            raise InputError(f"{where} has a column 'answer', which its answer would replace: rename it")
+    return [row for _, row, _ in prompts], [ids for _, _, ids in prompts]
+
+
+def write_answers(rows: list[dict], batches: Iterable[list[str]], output_file: Path) -> None:
+    """Write each row with its answer as a JSON line, one batch at a time: a killed run keeps its answers."""
+    written = 0
     try:
-        file = open(output_file, "w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--output_file {output_file} cannot be written: {error.strerror}") from error
-    with file, tqdm(total=len(prompts), unit="prompt") as bar:
-        for start in range(0, len(prompts), config.batch_size):
-            batch = prompts[start : start + config.batch_size]
-            answers = answer([ids for _, _, ids in batch], seed=config.seed + start)
-            lines = [
-                json.dumps({**row, "answer": text.strip()}, ensure_ascii=False, default=str) + "\n"
-                for (_, row, _), text in zip(batch, answers, strict=True)
-            ]
-            try:
-                file.write("".join(lines))
+        with open(output_file, "w", encoding="utf-8") as file:
+            for texts in batches:
+                batch = rows[written : written + len(texts)]
+                for row, text in zip(batch, texts, strict=True):
+                    line = json.dumps({**row, "answer": text.strip()}, ensure_ascii=False, default=str)
+                    file.write(line + "\n")
                 file.flush()
-            except OSError as error:
-                reason = (
-                    f"--output_file {output_file} cannot be written after {start} answers: {error.strerror}"
-                )
-                raise InputError(reason) from error
-            bar.update(len(batch))
-    print(f"{len(prompts)} answers in {output_file}")
+                written += len(texts)
+    except OSError as error:
+        raise InputError(
+            f"--output_file {output_file} cannot be written after {written} answers: {error.strerror}"
+        ) from error
 
 
-def chat(writer: PromptWriter, answer: Callable, seed: int) -> None:
-    """Ask and answer until an empty line or the end of the input; the chat so far is part of every prompt."""
-    print("Ask; an empty line ends the chat.")
+def chat(writer: PromptWriter, reply: Callable, seed: int) -> None:
+    """Answer questions until an empty line or the end of the input. Prompts contain the chat so far.
+
+    `reply` is generate() but for its prompts, seed and streamer.
+    """
+    print("Ask a question; an empty line ends the chat.")
     if not writer.has_history:
         print(f"Each question stands alone: the format {writer.row_format} has no earlier turns.")
     messages = []
     while question := read_line("> "):
         messages.append({"role": "user", "content": question})
         try:
-            (text,) = answer(
-                [writer.chat(messages)], seed=seed + len(messages), streamer=console(writer.tokenizer)
-            )
-        except (InputError, KeyboardInterrupt) as stop:  # too long, or stopped: the chat goes on without it
-            print(f"\n{str(stop) or 'stopped'}")
+            prompt = writer.chat(messages)
+            streamer = stdout_streamer(writer.tokenizer)
+            (text,) = reply([prompt], seed=seed + len(messages), streamer=streamer)
+        except (InputError, KeyboardInterrupt) as error:  # too long, or interrupted: continue without it
+            print(f"\n{str(error) or 'stopped'}")
             messages.pop()
             continue
-        text = text if writer.row_format == "text" else text.strip()  # formats put their own space there
+        text = text if writer.row_format == "text" else text.strip()  # other formats add the space themselves
         messages.append({"role": "assistant", "content": text})
 
 
@@ -120,13 +141,10 @@ def read_line(prompt: str) -> str:
         return ""
 
 
-def console(tokenizer) -> transformers.TextStreamer:
-    """Prints the answer as it is generated."""
+def stdout_streamer(tokenizer) -> transformers.TextStreamer:
+    """Prints an answer while it is generated."""
     return transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_for_adapter(GenerateConfig))
-    except InputError as error:
-        sys.exit(f"generate.py: error: {error}")
+    main()

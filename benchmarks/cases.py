@@ -1,4 +1,4 @@
-"""What is measured, and against which peers."""
+"""The benchmark's cases, and the peers that each is compared with."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ TARGETS = {
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 REAL = "sahil2801/CodeAlpaca-20k"
-WARM_UP = 5  # steps that are not measured: compilation, memory, clocks
+WARM_UP = 5  # steps that are not measured, until compilation, memory and clocks have settled
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Case:
     name: str
     batch: int
     length: int
-    flags: str  # of train.py
-    peers: tuple[str, ...]  # unsloth or trl; "-nockpt": without their gradient checkpointing
+    flags: str  # for train.py
+    peers: tuple[str, ...]  # unsloth or trl; with "-nockpt", gradient checkpointing is off
     targets: str = "qv"
-    is_real: bool = False  # rows of --real, packed; else rows that fill the length
+    is_real: bool = False  # the rows of --real, packed; otherwise synthetic rows of full length
     steps: int = 15
 
 

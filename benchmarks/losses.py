@@ -1,9 +1,10 @@
-"""Whether the fast path has the losses of the plain one, step by step.
+"""Compare the losses of the fast path with those of the plain one, step by step.
 
 python benchmarks/losses.py --model MODEL --real DATA [--steps 200] [train.py's flags]
 
-Trains three times: as train.py does; uncompiled on bitsandbytes' own 4-bit layers, with all logits held; and
-so again with each step split in two. The third shows how far rounding alone drives two trainings apart.
+Trains three times: as train.py does; uncompiled, on bitsandbytes' own 4-bit layers and with all logits in
+memory; and the latter with each step split in two. The third run shows how far rounding alone drives two
+trainings apart.
 """
 
 import argparse
@@ -27,7 +28,7 @@ STEP, SPLIT_STEP = (
 
 
 def losses(flags: list[str], folder: str) -> tuple[list[float], float]:
-    """The loss of every step, and the tokens a second of the last steps."""
+    """Train in a process of its own; returns the loss of every step, and tokens/s at the last one."""
     command = [sys.executable, __file__, "--train", *flags, "--output_dir", folder]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -35,12 +36,13 @@ def losses(flags: list[str], folder: str) -> tuple[list[float], float]:
 
 
 def train_here(flags: list[str]) -> None:
-    """One of the trainings."""
+    """Run one of the trainings in this process."""
     import train
-    from qlora.config import TrainConfig, parse_args
+    from qlora.config import TrainConfig
+    from qlora.flags import parse_args
 
     if set(PLAIN) <= set(flags):
-        train.has_plain_head = lambda model: False  # the loss then takes the model's own forward
+        train.choose_hidden_states = lambda model: None  # the loss then uses the model's own forward
     train.train(parse_args(TrainConfig, flags))
 
 
@@ -58,17 +60,17 @@ def main() -> None:
         split, _ = losses([*flags, *SPLIT_STEP, *PLAIN], f"{folder}/split")
     print(f"{len(plain)} steps, loss {plain[0]:.4f} to {plain[-1]:.4f}")
     print(f"{fast_speed:,.0f} tokens/s fast, {plain_speed:,.0f} plain")
-    print(f"fast against plain: {difference(fast, plain)}")
-    print(f"plain, split in two, against plain: {difference(split, plain)}")
+    print(f"fast against plain: {describe_difference(fast, plain)}")
+    print(f"plain, split in two, against plain: {describe_difference(split, plain)}")
 
 
-def difference(left: list[float], right: list[float]) -> str:
-    """How far two runs are apart."""
+def describe_difference(left: list[float], right: list[float]) -> str:
+    """How far the losses of two runs are apart."""
     differences = [one - other for one, other in zip(left, right, strict=True)]
     sizes = [abs(difference) for difference in differences]
     return (
-        f"at most {max(sizes):.1e} at a step, {statistics.mean(differences):+.1e} in the mean, "
-        f"{statistics.mean(sizes):.1e} in the mean size"
+        f"at most {max(sizes):.1e} at a step, mean {statistics.mean(differences):+.1e}, mean absolute "
+        f"{statistics.mean(sizes):.1e}"
     )
 
 

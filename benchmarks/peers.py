@@ -1,9 +1,8 @@
 """A peer's speed on cases of benchmarks/cases.py: python benchmarks/peers.py PEER MODEL REAL CASE [CASE ...]
 
-PEER is trl or unsloth, with -nockpt behind it for no gradient checkpointing; CASE a number in CASES. All
-cases are measured in one process, on a model that is loaded once, with the settings that the peer's
-documentation gives. Prints a line of JSON for each case: its number, tokens a second without padding (the
-median of its steps), and GB.
+PEER is trl or unsloth, with the suffix -nockpt for no gradient checkpointing; CASE is an index into CASES.
+All cases run in one process, on a model that is loaded once, with the settings from the peer's documentation.
+Prints a line of JSON for each case: its index, tokens/s without padding (median over the steps), peak GB.
 """
 # ruff: noqa: E402
 
@@ -14,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+# At import, because Unsloth patches torch, transformers and trl and must come before them.
 os.environ.update(UNSLOTH_DISABLE_STATISTICS="1", WANDB_DISABLED="true")
 peer, model_name, real, *numbers = sys.argv[1:]
 if peer.startswith("unsloth"):
-    from unsloth import FastLanguageModel  # must come before torch, transformers and trl
+    from unsloth import FastLanguageModel
 
 import torch
 from datasets import Dataset
@@ -33,7 +33,7 @@ from qlora.data.sources import RowSource
 
 
 def load(case: Case):
-    """(model, tokenizer, LoRA configuration or None) of the peer."""
+    """The peer's (model, tokenizer, LoRA configuration); the last is None if the model already has LoRA."""
     if peer.startswith("unsloth"):
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name, max_seq_length=case.length, dtype=torch.bfloat16, load_in_4bit=True
@@ -59,7 +59,7 @@ def load(case: Case):
 
 
 class StepTimer(TrainerCallback):
-    """The seconds of every step, with the device idle at its start and end."""
+    """Measures the seconds of each step, with the GPU idle at its start and end."""
 
     def __init__(self):
         self.seconds = []
@@ -75,8 +75,20 @@ class StepTimer(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
 
+class CountingCollator:
+    """A data collator that also counts the tokens of each batch."""
+
+    def __init__(self, collate):
+        self.collate = collate
+        self.tokens = []
+
+    def __call__(self, rows):
+        self.tokens.append(sum(len(row["input_ids"]) for row in rows))
+        return self.collate(rows)
+
+
 def real_texts(tokenizer) -> list[str]:
-    """The rows of REAL as train.py writes them."""
+    """The rows of REAL, written as in train.py."""
     rows = [row for _, row in RowSource(real, "train", None)]
     row_format = detect_format(rows[:100], "text")
     return [
@@ -86,6 +98,7 @@ def real_texts(tokenizer) -> list[str]:
 
 
 def measure(case: Case, model, tokenizer, lora) -> dict:
+    """Train for the case's steps; returns speed and peak memory."""
     if case.is_real:
         data, options = {"text": real_texts(tokenizer)}, {"packing": True, "dataset_text_field": "text"}
     else:
@@ -101,26 +114,26 @@ def measure(case: Case, model, tokenizer, lora) -> dict:
         gradient_checkpointing=not peer.endswith("-nockpt"), logging_steps=100, save_strategy="no",
         report_to="none", **options,
     )  # fmt: skip
-    timer, tokens = StepTimer(), []
+    timer = StepTimer()
     trainer = SFTTrainer(
         model=model, train_dataset=Dataset.from_dict(data), args=args, processing_class=tokenizer,
         callbacks=[timer], **({} if case.is_real else {"data_collator": default_data_collator}),
         **({"peft_config": lora} if lora else {}),
     )  # fmt: skip
-    collate = trainer.data_collator
-
-    def counting_collate(rows):
-        tokens.append(sum(len(row["input_ids"]) for row in rows))
-        return collate(rows)
-
-    trainer.data_collator = counting_collate
+    trainer.data_collator = CountingCollator(trainer.data_collator)
     trainer.train()
+    tokens = trainer.data_collator.tokens
     speeds = [count / seconds for count, seconds in zip(tokens, timer.seconds)][WARM_UP:]
     gb = torch.cuda.max_memory_allocated() / 2**30
     return {"tokens_per_s": round(statistics.median(speeds)), "gb": round(gb, 2)}
 
 
-cases = {number: CASES[int(number)] for number in numbers}
-loaded = load(max(cases.values(), key=lambda case: case.length))
-for number, case in cases.items():
-    print(json.dumps({"case": int(number), **measure(case, *loaded)}), flush=True)
+def main() -> None:
+    cases = {number: CASES[int(number)] for number in numbers}
+    loaded = load(max(cases.values(), key=lambda case: case.length))
+    for number, case in cases.items():
+        print(json.dumps({"case": int(number), **measure(case, *loaded)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
-"""Speed and memory of train.py beside its peers, as a Markdown table.
+"""Compare speed and memory of train.py with its peers, in a Markdown table.
 
 python benchmarks/run.py --model MODEL --real DATA [--cases 0 1 ...] [--peers unsloth trl]
 
-MODEL is a 4-bit checkpoint (the peers load the same one), DATA a hub id or file of instructions. Peers that
-are not installed are left out. Every case is a run of train.py in a process of its own; speeds are the median
-of its steps after the first ones, without padding, and memory is the peak that PyTorch allocated.
+MODEL is a 4-bit checkpoint, which the peers load too; DATA is a hub id or a file of instructions. Peers that
+are not installed are skipped. Each case runs train.py in a process of its own. Speed is tokens/s without
+padding, the median over the steps after the warm-up; memory is the peak that PyTorch allocated.
 """
 
 import argparse
@@ -27,11 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.cases import CASES, REAL, TARGETS, WARM_UP, Case  # noqa: E402
 
-EXPENSIVE = 4096  # longer cases get a process of their own: peers size their tables by the longest
+LONG = 4096  # longer cases get a process of their own, as peers allocate for the longest case they load
 
 
-def ours(case: Case, model: str, real: str, folder: Path) -> dict:
-    """Run train.py on a case; {} if it fails."""
+def run_ours(case: Case, model: str, real: str, folder: Path) -> dict:
+    """Train on a case; returns speed, memory and the plan, {} if it fails."""
     data = real if case.is_real else write_full_rows(folder / f"full-{case.length}.jsonl", case)
     output = folder / f"run-{CASES.index(case)}"
     model = with_positions(model, case.length, folder / "longer")
@@ -55,9 +55,9 @@ def ours(case: Case, model: str, real: str, folder: Path) -> dict:
 
 
 def with_positions(model: str, length: int, folder: Path) -> str:
-    """The model, or a folder of links to it whose configuration allows rows of `length` tokens.
+    """The model, or a folder of links to its files with a configuration that allows `length` tokens.
 
-    train.py keeps to the context that a model was made for; its peers stretch it unasked.
+    train.py respects the context length that a model was made for; its peers extend it silently.
     """
     if AutoConfig.from_pretrained(model).max_position_embeddings >= length:
         return model
@@ -82,29 +82,56 @@ def write_full_rows(path: Path, case: Case) -> Path:
     return path
 
 
-def theirs(peer: str, numbers: list[int], model: str, real: str) -> dict[int, dict]:
-    """{case: its result} of a peer; what fails behind another case is tried alone, then left out."""
+def run_peer(peer: str, numbers: list[int], model: str, real: str) -> dict[int, dict]:
+    """A peer's results by case. Cases lost in a failure are tried again one by one, then skipped."""
     command = [sys.executable, str(ROOT / "benchmarks/peers.py"), peer, model, real, *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
-    found = {result["case"]: result for result in lines}
+    results = {result["case"]: result for result in lines}
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
-        left = [number for number in numbers if number not in found]
-        for number in left if len(numbers) > 1 else ():
-            found |= theirs(peer, [number], model, real)
-    return found
+        lost = [number for number in numbers if number not in results]
+        for number in lost if len(numbers) > 1 else ():
+            results |= run_peer(peer, [number], model, real)
+    return results
 
 
-def describe(result: dict, beside: dict | None = None) -> str:
-    """A cell of the table; ratios are ours to theirs."""
+def describe(result: dict, ours: dict | None = None) -> str:
+    """A cell of the table; with `ours`, also the ratios of our speed and memory to theirs."""
     if not result:
         return "failed"
     text = f"{result['tokens_per_s']:,} tokens/s, {result['gb']:.2f} GB"
-    if beside:
-        speed, memory = beside["tokens_per_s"] / result["tokens_per_s"], beside["gb"] / result["gb"]
+    if ours:
+        speed, memory = ours["tokens_per_s"] / result["tokens_per_s"], ours["gb"] / result["gb"]
         text += f" ({speed:.2f}x, {memory:.2f}x)"
     return text
+
+
+def group_cases(numbers: list[int], peers: list[str]) -> list[tuple[str, list[int]]]:
+    """(peer, its cases that can share a loaded model) for each process to start."""
+    groups = {}
+    for number in numbers:
+        case = CASES[number]
+        for peer in case.peers:
+            package = peer.split("-")[0]
+            if package in peers and importlib.util.find_spec(package):
+                key = peer, case.targets, max(case.length, LONG)
+                groups.setdefault(key, []).append(number)
+    return [(peer, group) for (peer, *_), group in groups.items()]
+
+
+def print_table(results: dict[int, dict[str, dict]]) -> None:
+    print(f"{torch.cuda.get_device_name()}, {date.today()}, torch {torch.__version__}; GB are 2^30 bytes;")
+    print("in brackets: our speed and memory as multiples of theirs\n")
+    print("| | ours | peers |\n|---|---|---|")
+    for number, by_program in results.items():
+        ours = by_program["ours"]
+        others = "; ".join(
+            f"{peer}: {describe(result, ours)}"
+            for peer, result in sorted(by_program.items())
+            if peer != "ours"
+        )
+        print(f"| {CASES[number].name} | {describe(ours)} | {others} |")
 
 
 def main() -> None:
@@ -115,37 +142,22 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=["unsloth", "trl"])
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/run.py: error: this needs a CUDA device")
+        sys.exit("benchmarks/run.py: error: a CUDA GPU is needed")
     if AutoConfig.from_pretrained(arguments.model).to_dict().get("quantization_config") is None:
-        sys.exit(f"benchmarks/run.py: error: {arguments.model} is no 4-bit checkpoint, which all would load")
-    chosen = {number: CASES[number] for number in arguments.cases}
-
-    groups = {}  # one process for what can share a loaded model
-    for number, case in chosen.items():
-        for peer in case.peers:
-            package = peer.split("-")[0]
-            if package in arguments.peers and importlib.util.find_spec(package):
-                key = peer, case.targets, max(case.length, EXPENSIVE)
-                groups.setdefault(key, []).append(number)
-    results = {number: {} for number in chosen}
-    for (peer, *_), numbers in groups.items():
-        for number, result in theirs(peer, numbers, arguments.model, arguments.real).items():
+        sys.exit(
+            f"benchmarks/run.py: error: {arguments.model} is not a 4-bit checkpoint, which the peers need too"
+        )
+    results = {number: {} for number in arguments.cases}
+    for peer, numbers in group_cases(arguments.cases, arguments.peers):
+        for number, result in run_peer(peer, numbers, arguments.model, arguments.real).items():
             results[number][peer] = result
             print(f"{peer}: {CASES[number].name}: {describe(result)}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for number, case in chosen.items():
-            results[number]["ours"] = ours(case, arguments.model, arguments.real, Path(folder))
+        for number in arguments.cases:
+            case = CASES[number]
+            results[number]["ours"] = run_ours(case, arguments.model, arguments.real, Path(folder))
             print(f"ours: {case.name}: {results[number]['ours']}", file=sys.stderr, flush=True)
-
-    print(f"{torch.cuda.get_device_name()}, {date.today()}, torch {torch.__version__}; GB are 2^30 bytes;")
-    print("in brackets: our speed and our memory, in multiples of theirs\n")
-    print("| | ours | peers |\n|---|---|---|")
-    for number, case in chosen.items():
-        mine = results[number].pop("ours")
-        others = "; ".join(
-            f"{peer}: {describe(result, mine)}" for peer, result in sorted(results[number].items())
-        )
-        print(f"| {case.name} | {describe(mine)} | {others} |")
+    print_table(results)
 
 
 if __name__ == "__main__":

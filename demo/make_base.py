@@ -1,4 +1,4 @@
-"""Make a small Llama with random weights, and a tokenizer learned from a file of rows: no download needed.
+"""Make a small Llama with random weights and a tokenizer trained on a file of rows, without a download.
 
 python demo/make_base.py demo/rows.jsonl outputs/demo-base
 """
@@ -16,7 +16,7 @@ BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 
 
 def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer that works as Llama 2's: BPE, spaces written as U+2581, unknown characters as bytes."""
+    """A tokenizer like Llama 2's: BPE, with U+2581 for spaces and byte tokens for unknown characters."""
     tokenizer = Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -28,16 +28,16 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
         show_progress=False,
         max_token_length=16,
     )
-    # Llama's merges stay within words and apart from punctuation; training on such pieces gives such merges.
+    # Llama's merges cross neither words nor punctuation, so we train on pieces that do not either.
     pieces = (
         piece for text in texts for piece in re.findall(r"▁?(?:\w+|[^\w▁]+)|▁", f"▁{text}".replace(" ", "▁"))
     )
     tokenizer.train_from_iterator(pieces, trainer)
-    # Bytes are ordinary tokens: were they special, decoding would leave them out.
+    # Make the byte tokens ordinary ones: decoding would skip special tokens.
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in (UNK, BOS, EOS)]
     tokenizer = Tokenizer.from_str(json.dumps(state))
-    # Set only now: in training it would put a second space in front of every piece.
+    # Not before training, which would then put a second space in front of every piece.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
@@ -46,7 +46,7 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
 
 
 def make_base(folder: str | Path, texts: list[str], vocab_size: int = 1024, seed: int = 0, **sizes) -> None:
-    """Write model and tokenizer to `folder`; `sizes` go to LlamaConfig."""
+    """Write a model and its tokenizer to `folder`; `sizes` are options of LlamaConfig."""
     tokenizer = make_tokenizer(texts, vocab_size)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -65,8 +65,8 @@ def make_base(folder: str | Path, texts: list[str], vocab_size: int = 1024, seed
 if __name__ == "__main__":
     rows_file, folder = sys.argv[1:]
     rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
-    # LoRA leaves embeddings and output head as they are: with Llama's initializer_range of 0.02 the logits of
-    # so small a model stay too flat for any adapter to be sure of a word.
+    # LoRA does not change embeddings and output head. With Llama's initializer_range of 0.02 the logits of so
+    # small a model would stay too flat for any adapter to predict a word with confidence.
     make_base(
         folder,
         [value for row in rows for value in row.values()],
@@ -78,4 +78,4 @@ if __name__ == "__main__":
         max_position_embeddings=512,
         initializer_range=0.08,
     )
-    print(f"a random Llama and its tokenizer are in {folder}")
+    print(f"random Llama and its tokenizer saved in {folder}")

@@ -1,66 +1,76 @@
-"""What an adapter has changed: python -m qlora.evaluate --model BASE --adapter outputs --dataset rows.jsonl
+"""Evaluate an adapter: python -m qlora.evaluate --model BASE --adapter outputs --dataset rows.jsonl
 
-Loss and perplexity of base and base + adapter, in one load; what was forgotten; answers and their scores. Or,
-with --quantization MODEL, what 4 bits do to each layer. Flags: EvaluateConfig in qlora/config.py.
+Compares the base with and without the adapter, loading it once: loss and perplexity, forgetting, answers and
+their scores. With --quantization MODEL instead: the error of 4-bit quantization in each layer. Flags:
+EvaluateConfig in qlora/config.py.
 """
 
 import json
 import math
-import signal
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from qlora.commands import compute_of, load_base_of, parse_for_adapter
+from qlora.commands import choose_device, load_base_for, parse_for_adapter
 from qlora.config import EvaluateConfig
 from qlora.data.formats import DropRow, row_segments
 from qlora.data.prepare import choose_max_length, cut_rows, tokenize_source
 from qlora.data.sources import RowSource, read_rows
-from qlora.data.tokenize import SAMPLE_ROWS, TokenizedRows, checked_format, hold_out
+from qlora.data.tokenize import SAMPLE_ROWS, checked_format
+from qlora.data.tokenized import TokenizedRows, hold_out
 from qlora.errors import InputError
 from qlora.evaluation.quantization import describe_quantization, quantization_report
-from qlora.evaluation.scores import calc_codebleu, score
-from qlora.evaluation.validation import eval_batches, evaluate_loss
+from qlora.evaluation.scores import import_codebleu, score
+from qlora.evaluation.validation import Validation
 from qlora.model.adapter import load_adapter
 from qlora.model.base import load_config, load_tokenizer
-from qlora.model.generation import PromptWriter, generate, read_prompts, room_for_prompt
-from qlora.model.loss import has_plain_head
+from qlora.model.forward import choose_hidden_states
+from qlora.model.generation import PromptWriter, generate_batches, read_prompts, room_for_prompt
 from qlora.run.files import check_output_file, make_folder, replace_file
+from qlora.run.metrics import perplexity
 from qlora.run.screen import side_by_side, table
+from qlora.run.terminal import command
 
 PROGRAM = "qlora.evaluate"
 
 
+@dataclass(frozen=True)
+class Task:
+    """A row of --prompts_file."""
+
+    prompt: str
+    ids: list[int]
+    reference: str
+
+
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with command(PROGRAM):
         config = parse_for_adapter(EvaluateConfig, argv, PROGRAM)
-        output_file = where_to_write(config)
+        output_file = choose_output_file(config)
         if config.quantization:
-            device, _ = compute_of(config)
+            device, _ = choose_device(torch.float32)
             report = quantization_report(config.quantization, device, config.trust_remote_code)
-            shown = describe_quantization(report)
+            text = describe_quantization(report)
         else:
             report = evaluate(config)
-            shown = describe(report)
+            text = describe(report)
             if config.samples:
-                shown += "\n" + side_by_side(report["answers"][: config.samples])
+                text += "\n" + side_by_side(report["answers"][: config.samples])
         save(report, output_file)
-        print(f"{shown}\nall of it in {output_file}")
-    except InputError as error:
-        sys.exit(f"{PROGRAM}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        print(f"{text}\nfull results in {output_file}")
 
 
-def where_to_write(config: EvaluateConfig) -> Path:
+def choose_output_file(config: EvaluateConfig) -> Path:
     """The output file; raises InputError if it cannot be written."""
     name = "quantization.json" if config.quantization else "evaluation.json"
     is_local = config.adapter and Path(config.adapter).is_dir()
     output_file = Path(config.output_file or Path(config.adapter if is_local else "") / name)
     check_output_file(output_file)
-    make_folder(output_file.parent, f"--output_file {output_file}")  # where it will be replaced as a whole
+    make_folder(output_file.parent, f"--output_file {output_file}")  # a temporary file is written there, too
     return output_file
 
 
@@ -72,9 +82,8 @@ def save(report: dict, output_file: Path) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> dict:
-    """Everything that was asked for, as values that JSON knows: {"base": {name: value}, "tuned": ...,
-    "answers": [...]}. Raises InputError."""
-    # Rows and prompts before the model: a bad row should not cost the minutes that loading takes.
+    """All results for JSON: {"base": {name: value}, "tuned": ..., "answers": [...]}. Raises InputError."""
+    # Rows and prompts before the model: an invalid row should not cost the minutes that loading takes.
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
     rows = {}
@@ -84,61 +93,65 @@ def evaluate(config: EvaluateConfig) -> dict:
         rows["general_loss"] = general_rows(config, tokenizer, model_config)
     tasks = read_tasks(config, tokenizer, model_config) if config.prompts_file else []
     if config.code:
-        calc_codebleu()  # is it there?
+        import_codebleu()  # fails here if it is not installed
 
-    _, autocast = compute_of(config)
-    model = load_base_of(config)
+    _, autocast = choose_device(getattr(torch, config.dtype))
+    model = load_base_for(config, config.load_in_4bit)
     report = {"model": config.model, "adapter": config.adapter}
-    answers = [{"prompt": prompt, "reference": reference} for prompt, _, reference in tasks]
+    answers = [{"prompt": task.prompt, "reference": task.reference} for task in tasks]
     for name in ("base", "tuned") if config.adapter else ("base",):
         if name == "tuned":
             model = load_adapter(model, config.adapter, is_trainable=False)
         report[name] = {}
-        for what, some_rows in rows.items():
-            loss = mean_loss(model, some_rows, tokenizer, config.per_device_eval_batch_size, autocast, name)
-            finite = loss if math.isfinite(loss) else None  # JSON knows no others
-            perplexity = math.exp(loss) if loss < 700 else None
-            report[name] |= {what: finite, what.replace("loss", "perplexity"): perplexity}
+        for loss_name, some_rows in rows.items():
+            pad_id, batch_size = tokenizer.eos_token_id, config.per_device_eval_batch_size
+            loss = mean_loss(model, some_rows, batch_size, pad_id, autocast, f"{name}: loss")
+            report[name] |= loss_values(loss_name, loss)
         if tasks:
-            texts = answers_of(model, tokenizer, tasks, config, autocast, name)
-            report[name] |= score(texts, [reference for _, _, reference in tasks], config.code)
+            texts = answer_tasks(
+                model, tokenizer, tasks, autocast, config.batch_size, config.max_new_tokens,
+                description=f"{name}: answers",
+            )  # fmt: skip
+            report[name] |= score(texts, [task.reference for task in tasks], config.code)
             for answer, text in zip(answers, texts):
                 answer[name] = text
     return report | {"answers": answers}
 
 
 def dataset_rows(config: EvaluateConfig, tokenizer, model_config) -> TokenizedRows:
-    """The rows of --dataset, or those of them that the training held out."""
+    """The rows of --dataset, or only those that the training held out."""
     source = RowSource(config.dataset, config.split, config.dataset_config)
     rows = tokenize_source(
         tokenizer, config.dataset_format, source, text_field=config.dataset_text_field,
         completion_only_loss=config.completion_only_loss,
     )  # fmt: skip
-    rows = _cut(rows, config, model_config)
+    rows = truncate(rows, config.max_length, model_config)
     return hold_out(rows, config.held_out, config.validation_seed)[1] if config.held_out else rows
 
 
 def general_rows(config: EvaluateConfig, tokenizer, model_config) -> TokenizedRows:
     """The rows of --general_dataset, as plain text."""
     source = RowSource(config.general_dataset, config.general_split, config.general_dataset_config)
-    field = config.general_text_field
-    rows = tokenize_source(tokenizer, "text", source, text_field=field, completion_only_loss=False)
-    return _cut(rows, config, model_config)
+    text_field = config.general_text_field
+    rows = tokenize_source(tokenizer, "text", source, text_field=text_field, completion_only_loss=False)
+    return truncate(rows, config.max_length, model_config)
 
 
-def _cut(rows: TokenizedRows, config: EvaluateConfig, model_config) -> TokenizedRows:
-    max_length = choose_max_length(config.max_length, rows.whole_lengths, model_config)
-    return cut_rows(rows, max_length, model_config.vocab_size)
+def truncate(rows: TokenizedRows, max_length: str, model_config) -> TokenizedRows:
+    length = choose_max_length(max_length, rows.full_lengths, model_config)
+    return cut_rows(rows, length, model_config.vocab_size)
 
 
-def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> list[tuple[str, list[int], str]]:
-    """(prompt, its ids, reference answer) of each row of --prompts_file."""
+def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> list[Task]:
+    """The rows of --prompts_file; raises InputError if one has no reference answer."""
     row_format, text_field = config.dataset_format, config.dataset_text_field
     if row_format == "auto":
         sample = [row for _, row in islice(read_rows(config.prompts_file, config.prompts_split), SAMPLE_ROWS)]
         row_format = checked_format(sample, row_format, text_field, config.prompts_file)
     if row_format == "text":
-        raise InputError(f"--prompts_file {config.prompts_file}: rows of plain text have no reference answer")
+        raise InputError(
+            f"--prompts_file {config.prompts_file}: rows of plain text have no reference answers"
+        )
     room = room_for_prompt(model_config, config.max_new_tokens, "max_new_tokens")
     writer = PromptWriter(tokenizer, row_format, text_field, max_tokens=room)
     tasks = []
@@ -148,40 +161,47 @@ def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> list[tuple[st
         except DropRow as reason:
             raise InputError(f"{where} has no reference answer: {reason}") from reason
         reference = reference.replace(tokenizer.eos_token, "").strip()
-        tasks.append((tokenizer.decode(ids, skip_special_tokens=True), ids, reference))
+        tasks.append(Task(tokenizer.decode(ids, skip_special_tokens=True), ids, reference))
     if not tasks:
         raise InputError(f"--prompts_file {config.prompts_file} has no rows")
     return tasks
 
 
-def mean_loss(model, rows: TokenizedRows, tokenizer, batch_size: int, autocast, name: str) -> float:
-    """Mean cross-entropy over all targets of the rows."""
-    most_tokens = batch_size * int(rows.lengths.max())
-    batches = eval_batches(rows.lengths, batch_size, most_tokens)
-    bar = tqdm(batches, desc=f"{name}: loss", unit="batch")
-    return evaluate_loss(model, rows, bar, tokenizer.eos_token_id, autocast, has_plain_head(model))
+def mean_loss(
+    model, rows: TokenizedRows, batch_size: int, pad_id: int, autocast: Callable, description: str
+) -> float:
+    """Mean cross-entropy over all targets of the rows, in nats."""
+    max_tokens = batch_size * int(rows.lengths.max())
+    validation = Validation(rows, batch_size, max_tokens, pad_id, choose_hidden_states(model), autocast)
+    return validation.loss(model, batches=tqdm(validation.batches, desc=description, unit="batch"))
 
 
-def answers_of(model, tokenizer, tasks: list, config: EvaluateConfig, autocast, name: str) -> list[str]:
-    """The likeliest answer to each task."""
-    answers = []
-    with tqdm(total=len(tasks), desc=f"{name}: answers", unit="prompt") as bar:
-        for start in range(0, len(tasks), config.batch_size):
-            batch = [ids for _, ids, _ in tasks[start : start + config.batch_size]]
-            options = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
-            answers += [text.strip() for text in generate(model, tokenizer, batch, autocast, **options)]
-            bar.update(len(batch))
-    return answers
+def loss_values(name: str, loss: float) -> dict[str, float | None]:
+    """A loss and its perplexity under their names; None for what is not finite, which JSON cannot hold."""
+    finite_loss = loss if math.isfinite(loss) else None
+    return {name: finite_loss, name.replace("loss", "perplexity"): perplexity(loss)}
+
+
+def answer_tasks(
+    model, tokenizer, tasks: list[Task], autocast: Callable, batch_size: int, max_new_tokens: int,
+    description: str,
+) -> list[str]:  # fmt: skip
+    """The greedy answer to each task."""
+    batches = generate_batches(
+        model, tokenizer, [task.ids for task in tasks], batch_size, autocast, description=description,
+        max_new_tokens=max_new_tokens, do_sample=False,
+    )  # fmt: skip
+    return [text.strip() for texts in batches for text in texts]
 
 
 def describe(report: dict) -> str:
-    """The values of base and tuned model as a table."""
+    """A table of the values for the base and the tuned model."""
     columns = [name for name in ("base", "tuned") if name in report]
     rows = [["", *columns]]
-    for what in report["base"]:
-        form = ".4f" if "loss" in what or "perplexity" in what else ".1%"
-        values = [report[name][what] for name in columns]
-        rows.append([what, *("none" if value is None else f"{value:{form}}" for value in values)])
+    for value_name in report["base"]:
+        style = ".4f" if "loss" in value_name or "perplexity" in value_name else ".1%"
+        values = [report[column][value_name] for column in columns]
+        rows.append([value_name, *("none" if value is None else f"{value:{style}}" for value in values)])
     return table(rows)
 
 

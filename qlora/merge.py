@@ -1,49 +1,43 @@
-"""Base and adapter as one model: python -m qlora.merge --model BASE --adapter outputs --output_dir merged
+"""Merge an adapter into its base: python -m qlora.merge --model BASE --adapter outputs --output_dir merged
 
-The merged model is written shard by shard, read again, and compared with the adapter on its base before it
-gets its name. Flags: MergeConfig in qlora/config.py.
+The merged model is written shard by shard, loaded again and compared with the adapter on its base. The
+folder gets its name only if they agree. Flags: MergeConfig in qlora/config.py.
 """
 
+import copy
 import gc
-import json
-import math
 import os
-import re
-import signal
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
-from torch.nn.functional import log_softmax
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from qlora.commands import compute_of, load_base_of, parse_for_adapter
-from qlora.config import MergeConfig
+from qlora.commands import choose_device, load_base_for, parse_for_adapter
+from qlora.config import CARD_FLAGS, MergeConfig
 from qlora.data.prepare import cut_rows, tokenize_source
 from qlora.data.sources import RowSource
 from qlora.data.tokenize import tokenize_window
 from qlora.errors import InputError, first_line
+from qlora.evaluation.divergence import Difference, Prediction, measure_difference, predict
 from qlora.model.adapter import load_adapter
 from qlora.model.base import load_config, load_tokenizer
-from qlora.model.weights import INDEX, SINGLE, Weights, loaded_folder
-from qlora.run.files import check_space, make_durable, staged
+from qlora.model.merging import base_parameters, check_mergeable, check_names, merged_tensors, parameter_count
+from qlora.model.weights import Weights, loaded_folder, write_weights
+from qlora.run.files import check_space, flush_folder, staged
 from qlora.run.hub import check_hub, model_card, push
+from qlora.run.metrics import read_run_leniently
+from qlora.run.terminal import command
 
 PROGRAM = "qlora.merge"
-SHARD_BYTES = 2 * 2**30  # held in host memory at a time
-LEAST_KL = 1e-3  # what rounding to 16 bits may make of a weak adapter
-MOST_TOKENS = 2048  # of the comparison: their log-probabilities are kept, 128 KB each for 32,000 tokens
+ROUNDING_KL = 1e-3  # nats per token that rounding to 16 bits may cost, however weak the adapter
+MAX_TOKENS = 2048  # compared; their log-probabilities are kept: 128 KB per token with a vocabulary of 32,000
 
-# What both models read if no rows are given.
-TEXT = [
+# Compared if no rows are given.
+SAMPLE_TEXTS = [
     "A river begins where water gathers, and it ends where the land does. Between the two it carries stones, "
     "sand and the names that people have given to its bends.",
     "To sort a list of numbers, compare neighbours and swap them if they stand in the wrong order; after as "
@@ -54,65 +48,58 @@ TEXT = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says to one row."""
-
-    ids: torch.Tensor  # (n + 1,)
-    log_probabilities: torch.Tensor  # (n, vocabulary) float32, in host memory
-
-
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with command(PROGRAM):
         merge(parse_for_adapter(MergeConfig, argv, PROGRAM))
-    except InputError as error:
-        sys.exit(f"{PROGRAM}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def merge(config: MergeConfig) -> None:
-    """Write, compare, publish; raises InputError, and then leaves nothing behind."""
+    """Merge, compare, publish. Raises InputError and then leaves no files behind."""
     output_dir = Path(config.output_dir).resolve()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise InputError(f"--output_dir {output_dir} is there and not empty: give another folder")
+    check_is_free(output_dir)
     repo = config.hub_model_id or output_dir.name
     if config.push_to_hub:
         repo = check_hub(repo)
-    is_original = config.base == "original" and config.load_in_4bit
-    stored = load_config(config.model, config.trust_remote_code)
-    if is_original and getattr(stored, "quantization_config", None) is not None:
-        raise InputError(f"--base original: {config.model} itself is quantized, there is nothing else of it")
+    model_config = load_config(config.model, config.trust_remote_code)
+    # With --no_load_in_4bit the adapter was trained on the original weights anyway.
+    is_other_base = config.base == "original" and config.load_in_4bit
+    if is_other_base and getattr(model_config, "quantization_config", None) is not None:
+        raise InputError(
+            f"--base original: {config.model} is itself quantized, so there are no original weights"
+        )
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
-    rows = sample_rows(config, tokenizer, stored.get_text_config())
+    rows = sample_rows(config, tokenizer, model_config.get_text_config())
+    dtype = getattr(torch, config.dtype)
+    _, autocast = choose_device(dtype)
 
-    trained = None
-    if is_original:  # how far from what was trained will it be?
-        trained = list(predictions(load(config, in_4bit=True), rows, config))
+    as_trained = []
+    if is_other_base:  # the training was on the 4-bit base
+        as_trained = [list(predict(load_with_adapter(config, load_in_4bit=True), rows, autocast))]
         free_memory()
-    model = load(config, in_4bit=config.load_in_4bit and not is_original)
-    refuse_what_is_not_merged(model)
-    refuse_other_names(model, Weights(loaded_folder(config.model)))
-    wanted = list(predictions(model, rows, config))
+    model = load_with_adapter(config, load_in_4bit=config.load_in_4bit and not is_other_base)
+    check_mergeable(model)
+    check_names(model, Weights(loaded_folder(config.model)))
+    expected = list(predict(model, rows, autocast))
     with model.disable_adapter():
-        _, _, effect = differences(wanted, predictions(model, rows, config))
+        effect = measure_difference(expected, predict(model, rows, autocast)).kl
+
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with staged(output_dir) as staging:
             staging.mkdir()
-            dtype = getattr(torch, config.dtype)
-            check_space(staging, sum(map(_numel, model.get_base_model().parameters())) * dtype.itemsize)
-            write_shards(staging, merged_tensors(model), dtype)
-            write_settings(staging, type(model.get_base_model()).__name__, tokenizer, config)
-            del model  # the merged one needs the room
+            write_model(staging, model, dtype)
+            architecture = type(model.get_base_model()).__name__
+            write_settings(staging, config.model, model_config, architecture, dtype, tokenizer)
+            del model  # makes room for the merged one
             free_memory()
-            compare(staging, wanted, trained, effect, config)
-            card = model_card(repo, config.model, Path(config.adapter), is_merged=True)
+            differences = compare_merged(
+                staging, [expected, *as_trained], dtype, autocast, config.trust_remote_code
+            )
+            print(describe_differences(differences, effect))
+            check_kl(differences[0].kl, effect, config.max_kl)
+            card = merged_card(repo, config.model, Path(config.adapter))
             (staging / "README.md").write_text(card, encoding="utf-8")
-            make_durable(staging)
-            if output_dir.exists():
-                output_dir.rmdir()  # an empty one
-            os.rename(staging, output_dir)
+            publish(staging, output_dir)
     except OSError as error:
         raise InputError(f"--output_dir {output_dir} cannot be written: {first_line(error)}") from error
     print(f"merged model in {output_dir}")
@@ -120,9 +107,15 @@ def merge(config: MergeConfig) -> None:
         print(f"uploaded to {push(output_dir, repo, config.hub_private_repo)}")
 
 
-def load(config: MergeConfig, in_4bit: bool):
+def check_is_free(folder: Path) -> None:
+    """Raise InputError unless the folder is new or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--output_dir {folder} already exists and is not empty: choose another folder")
+
+
+def load_with_adapter(config: MergeConfig, load_in_4bit: bool):
     """The adapter on its base; raises InputError."""
-    return load_adapter(load_base_of(config, in_4bit), config.adapter, is_trainable=False).eval()
+    return load_adapter(load_base_for(config, load_in_4bit), config.adapter, is_trainable=False).eval()
 
 
 def free_memory() -> None:
@@ -130,201 +123,114 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def refuse_what_is_not_merged(model) -> None:
-    """Raise InputError if the adapter has more than LoRA or DoRA on linear layers of their own."""
-    base = model.get_base_model()
-    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
-    tied = head is not None and embeddings.weight.data_ptr() == head.weight.data_ptr()
-    for name, module in base.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            raise InputError(f"the adapter trains {name} beside LoRA, which is not merged here")
-        if not isinstance(module, LoraLayer):
-            continue
-        linear = module.get_base_layer()
-        if not isinstance(linear, torch.nn.Linear):
-            raise InputError(f"{name} is a {type(linear).__name__}: only linear layers are merged here")
-        if module.lora_bias.get("default"):
-            raise InputError(f"the adapter has a bias of its own at {name}, which is not merged here")
-        if tied and linear.weight.data_ptr() == embeddings.weight.data_ptr():
-            raise InputError(f"the adapter is on {name}, whose weight the embeddings share: not merged here")
-
-
-def refuse_other_names(model, files: Weights) -> None:
-    """Raise InputError if transformers has other names for the weights than their files have: what loads the
-    merged model elsewhere would not find them."""
-    for name, _ in merged_names(model):
-        if name not in files.files:
-            raise InputError(
-                f"the files of this model have no {name}: models of its kind are not merged here"
-            )
-
-
-def merged_names(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name without PEFT's additions, parameter) of the base's own parameters."""
-    for name, parameter in model.get_base_model().named_parameters():
-        if not re.search(r"\.lora_\w+\.", name):
-            yield name.replace(".base_layer.", "."), parameter
-
-
-def merged_tensors(model) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, weight) of each parameter of the base, the adapter's part added in float32.
-
-    4-bit weights are dequantized: on those the adapter was trained.
-    """
-    base = model.get_base_model()
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    for name, parameter in merged_names(model):
-        weight = parameter.detach()
-        if getattr(parameter, "quant_state", None) is not None:
-            weight = dequantize_4bit(weight, parameter.quant_state)
-        if name.endswith(".weight") and name.removesuffix(".weight") in layers:
-            weight = add_lora(weight.float(), layers[name.removesuffix(".weight")])
-        yield name, weight
-
-
-@torch.no_grad()
-def add_lora(weight: torch.Tensor, layer: LoraLayer) -> torch.Tensor:
-    """W + B A scale, (out_features, in_features); with DoRA its rows brought to their trained lengths
-    (arXiv 2402.09353, equation 5)."""
-    merged = weight + layer.get_delta_weight("default").float()
-    if not layer.use_dora.get("default"):
-        return merged
-    lengths = layer.lora_magnitude_vector["default"].weight
-    return merged * (lengths / merged.norm(dim=1))[:, None]
-
-
-def write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
-    """Write safetensors files of at most SHARD_BYTES, and their index; one is in host memory at a time."""
-    shards, shard, size, total = [], {}, 0, 0
-
-    def write() -> None:
-        path = folder / f"shard-{len(shards)}"
-        save_file(shard, path, metadata={"format": "pt"})
-        shards.append((path, list(shard)))
-
-    for name, tensor in tqdm(tensors, desc="merge", unit="tensor"):
-        tensor = tensor.to(device="cpu", dtype=dtype).contiguous()
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            write()
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    write()
-    if len(shards) == 1:
-        shards[0][0].rename(folder / SINGLE)
-        return
-    places = {}
-    for number, (path, names) in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        path.rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def write_settings(folder: Path, architecture: str, tokenizer, config: MergeConfig) -> None:
-    """What a model's folder has beside the weights: configuration, generation settings, tokenizer."""
-    settings = load_config(config.model, config.trust_remote_code)
-    if hasattr(settings, "quantization_config"):
-        del settings.quantization_config
-    settings.dtype = config.dtype
-    settings.architectures = [architecture]
-    settings.save_pretrained(folder)
-    try:
-        GenerationConfig.from_pretrained(config.model).save_pretrained(folder)
-    except (OSError, ValueError):  # not every model has them, and not all are valid
-        pass
-    tokenizer.save_pretrained(folder)
-
-
 def sample_rows(config: MergeConfig, tokenizer, model_config) -> list[torch.Tensor]:
-    """Token ids (1, n) of the rows to compare on, MOST_TOKENS in all."""
+    """Token ids (1, n) of the rows to compare on, MAX_TOKENS in all."""
     settings = {"text_field": config.dataset_text_field, "completion_only_loss": False}
     if config.dataset:
         source = RowSource(config.dataset, config.split)
         rows = tokenize_source(tokenizer, config.dataset_format, source, **settings)
     else:
-        located = [(f"text {number}", {config.dataset_text_field: text}) for number, text in enumerate(TEXT)]
-        rows = tokenize_window(located, tokenizer, row_format="text", **settings)
+        located_rows = [
+            (f"text {number}", {config.dataset_text_field: text}) for number, text in enumerate(SAMPLE_TEXTS)
+        ]
+        rows = tokenize_window(located_rows, tokenizer, row_format="text", **settings)
     context = getattr(model_config, "max_position_embeddings", None) or 512
     rows = cut_rows(rows, min(512, context), model_config.vocab_size)
-    sample, tokens = [], 0
-    for ids, _ in (rows[number] for number in range(len(rows))):
-        sample.append(ids[: MOST_TOKENS - tokens][None])
-        tokens += sample[-1].shape[1]
-        if tokens >= MOST_TOKENS - 1:
+    sample, room = [], MAX_TOKENS
+    for number in range(len(rows)):
+        if room < 2:  # a row of one token predicts nothing
             break
+        ids, _ = rows[number]
+        sample.append(ids[None, :room])
+        room -= sample[-1].shape[1]
     return [ids for ids in sample if ids.shape[1] > 1]
 
 
-@torch.no_grad()
-def predictions(model, rows: list[torch.Tensor], config: MergeConfig) -> Iterator[Prediction]:
-    """The log-probabilities of the next token at every position but the last, row by row."""
-    _, autocast = compute_of(config)
-    for ids in rows:
-        with autocast():
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1]
-        yield Prediction(ids[0], log_softmax(logits.float(), dim=-1).cpu())
+def write_model(folder: Path, model, dtype: torch.dtype) -> None:
+    """Write the merged weights; raises OSError, before writing any, if the disk has no room for them."""
+    sizes = {name: parameter_count(weight) * dtype.itemsize for name, weight in base_parameters(model)}
+    check_space(folder, sum(sizes.values()))
+    tensors = tqdm(merged_tensors(model), total=len(sizes), desc="merge", unit="tensor")
+    write_weights(folder, tensors, sizes, dtype)
 
 
-def compare(
-    folder: Path,
-    wanted: list[Prediction],
-    trained: list[Prediction] | None,
-    effect: float,
-    config: MergeConfig,
+def write_settings(
+    folder: Path, base_model: str, model_config, architecture: str, dtype: torch.dtype, tokenizer
 ) -> None:
-    """Load the merged model and hold it against the adapter on its base; raises InputError if it differs.
+    """Write the rest of a model's folder: configuration, generation settings, tokenizer."""
+    merged_config = copy.deepcopy(model_config)
+    if hasattr(merged_config, "quantization_config"):
+        del merged_config.quantization_config
+    merged_config.dtype = dtype
+    merged_config.architectures = [architecture]
+    merged_config.save_pretrained(folder)
+    with suppress(OSError, ValueError):  # not every model has generation settings, and not all are valid
+        GenerationConfig.from_pretrained(base_model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
-    Too far is --max_kl, or a tenth of the adapter's own `effect` on the base, its KL divergence. `trained`
-    are the predictions of the adapter on the 4-bit base, where it is merged into another.
-    """
+
+def compare_merged(
+    folder: Path,
+    references: list[list[Prediction]],
+    dtype: torch.dtype,
+    autocast: Callable,
+    trust_remote_code: bool,
+) -> list[Difference]:
+    """Load the merged model and measure how far it is from each of the references; raises InputError."""
+    rows = [prediction.ids[None] for prediction in references[0]]
     try:
-        with tempfile.TemporaryDirectory() as overflow:
+        with tempfile.TemporaryDirectory() as offload_folder:
             merged = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, config.dtype), use_safetensors=True, offload_folder=overflow,
+                folder, dtype=dtype, use_safetensors=True, offload_folder=offload_folder,
                 device_map="auto" if torch.cuda.is_available() else None,
-                trust_remote_code=config.trust_remote_code,
+                trust_remote_code=trust_remote_code,
             ).eval()  # fmt: skip
-            rows = [prediction.ids[None] for prediction in wanted]
-            before, after, kl = differences(wanted, predictions(merged, rows, config))
-            from_trained = trained and differences(trained, predictions(merged, rows, config))
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"the merged model cannot be loaded again: {first_line(error)}") from error
-    print(
-        f"perplexity {before:.4f} with the adapter, {after:.4f} merged; KL divergence {kl:.2e} nats a token "
-        f"(the adapter itself makes {effect:.2e})"
+            return [
+                measure_difference(reference, predict(merged, rows, autocast)) for reference in references
+            ]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # also if there is too little memory
+        raise InputError(f"the merged model cannot be loaded and run: {first_line(error)}") from error
+
+
+def describe_differences(differences: list[Difference], effect: float) -> str:
+    """How far the merged model is from the adapter on its base and, if that is another, from the training."""
+    merged, *trained = differences
+    text = (
+        f"perplexity {merged.perplexity:.4f} with the adapter, {merged.other_perplexity:.4f} merged; KL "
+        f"divergence {merged.kl:.2e} nats per token (effect of the adapter itself: {effect:.2e})"
     )
-    if from_trained:
-        print(
-            f"the adapter on the 4-bit base, where it was trained: perplexity {from_trained[0]:.4f}, KL "
-            f"divergence {from_trained[2]:.2e}"
+    for difference in trained:
+        text += (
+            f"\nagainst the adapter on the 4-bit base, where it was trained: perplexity "
+            f"{difference.perplexity:.4f}, KL divergence {difference.kl:.2e}"
         )
-    limit = min(config.max_kl, max(effect / 10, LEAST_KL))
-    if not kl <= limit:
+    return text
+
+
+def check_kl(kl: float, effect: float, max_kl: float) -> None:
+    """Raise InputError if the KL divergence exceeds `max_kl`, or a tenth of the adapter's own `effect`."""
+    limit = min(max_kl, max(effect / 10, ROUNDING_KL))
+    if not kl <= limit:  # also if it is NaN
         raise InputError(
-            f"the merged model is not the adapter on its base: a KL divergence of {kl:.2e} nats a token, "
-            f"more than {limit:.2e} (--max_kl, or a tenth of the adapter's own); nothing was written"
+            f"the merged model differs from the adapter on its base: KL divergence {kl:.2e} nats per token, "
+            f"limit {limit:.2e} (the smaller of --max_kl {max_kl:g} and a tenth of the adapter's own effect, "
+            f"the latter at least {ROUNDING_KL:g}); nothing was saved"
         )
 
 
-def differences(wanted: list[Prediction], got: Iterable[Prediction]) -> tuple[float, float, float]:
-    """(perplexity of `wanted`, that of `got`, mean KL divergence of `got` from `wanted` in nats a token)."""
-    losses, kl, tokens = [0.0, 0.0], 0.0, 0
-    for one, other in zip(wanted, got, strict=True):
-        targets = one.ids[1:, None]
-        for number, prediction in enumerate((one, other)):
-            losses[number] -= prediction.log_probabilities.gather(1, targets).sum().item()
-        difference = one.log_probabilities - other.log_probabilities
-        kl += (one.log_probabilities.exp() * difference).sum(dtype=torch.float64).item()
-        tokens += len(targets)
-    return *(math.exp(loss / tokens) for loss in losses), max(kl / tokens, 0.0)  # rounding is below 0 too
+def merged_card(repo: str, base_model: str, adapter: Path) -> str:
+    """The model card, with what the adapter's folder tells about its training."""
+    run = read_run_leniently(adapter)
+    flags = {name: run.flags[name] for name in CARD_FLAGS if name in run.flags}
+    return model_card(repo, base_model, run.datasets, flags, run.metrics, is_merged=True)
 
 
-def _numel(parameter: torch.nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
+def publish(staging: Path, folder: Path) -> None:
+    """Give the finished folder its name."""
+    flush_folder(staging)
+    if folder.exists():
+        folder.rmdir()  # it is empty
+    os.rename(staging, folder)
 
 
 if __name__ == "__main__":

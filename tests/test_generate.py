@@ -1,4 +1,4 @@
-"""Generation: batches equal single prompts, formats travel with the adapter, the real command line."""
+"""Generation: batches equal single prompts, the adapter keeps its format, the real command line."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,19 @@ from safetensors.torch import load_file, save_file
 import generate as script
 import train
 from qlora.commands import parse_for_adapter
-from qlora.config import GenerateConfig, TrainConfig, parse_args
-from qlora.data.formats import chat_segments, encode, prompt_segments, row_segments, starts_with_bos
+from qlora.config import KEPT_SETTINGS, GenerateConfig, TrainConfig
+from qlora.data.formats import (
+    FALLBACK_CHAT_TEMPLATE,
+    chat_segments,
+    encode,
+    prompt_segments,
+    row_segments,
+    starts_with_bos,
+)
 from qlora.errors import InputError
-from qlora.model.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter
+from qlora.flags import parse_args
+from qlora.model.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter, load_adapter
+from qlora.model.base import load_base
 from qlora.model.generation import PromptWriter, generate, stop_ids
 from tests.conftest import ROOT, ROWS
 
@@ -50,18 +60,11 @@ def test_the_adapter_stops_at_eos_and_answers_what_it_learned(adapter, tokenizer
     assert right > len(ROWS) / 2
 
 
-def test_sampling_depends_on_the_seed_alone_and_leaves_the_random_state(adapter, tokenizer):
+def test_sampling_depends_on_the_seed_alone_and_restores_the_random_state(adapter, tokenizer):
     model, _ = adapter
-    ask = partial(
-        generate,
-        model,
-        tokenizer,
-        [prompt_ids(tokenizer, ROWS[0])],
-        FP32,
-        max_new_tokens=12,
-        do_sample=True,
-        temperature=3.0,
-    )
+    ids = prompt_ids(tokenizer, ROWS[0])
+    options = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0}
+    ask = partial(generate, model, tokenizer, [ids], FP32, **options)
     state = torch.get_rng_state()
     first = ask(seed=1)
     torch.rand(3)
@@ -92,8 +95,6 @@ def test_sampling_depends_on_the_seed_alone_and_leaves_the_random_state(adapter,
 )
 def test_a_question_is_written_as_in_training(row_format, row, tokenizer):
     if row_format == "messages":
-        from qlora.data.formats import FALLBACK_CHAT_TEMPLATE
-
         tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
     adds_bos = starts_with_bos(row_format, tokenizer)
     trained, labels = encode(row_segments(row, row_format, "text", tokenizer), adds_bos, tokenizer)
@@ -103,7 +104,7 @@ def test_a_question_is_written_as_in_training(row_format, row, tokenizer):
     assert labels[len(prompt)] != -100 and set(labels[: len(prompt)]) == {-100}
 
 
-def test_a_chat_in_plain_text_puts_a_later_question_on_its_own_line(tokenizer):
+def test_in_a_plain_text_chat_later_questions_get_a_line_of_their_own(tokenizer):
     messages = [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": " A leaf."}]
     messages.append({"role": "user", "content": "What is blue?"})
     assert chat_segments(messages, "text", tokenizer) == [("What is red? A leaf.\nWhat is blue?", True)]
@@ -116,21 +117,15 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(tokenizer):
         writer.row({"text": "What does a red leaf look like?"}, "row 2")
 
 
-def test_the_models_own_sampling_settings_do_not_count(adapter, base, tokenizer, tmp_path):
-    """Such as Qwen's: a temperature, penalties, beams; only its end tokens do."""
+def test_the_models_own_sampling_settings_are_ignored(adapter, base, tokenizer, tmp_path):
+    """Such as Qwen's temperature, penalties and beams. Only its end tokens count."""
     shutil.copytree(base, tmp_path / "model")
-    settings = {
-        "num_beams": 3,
-        "repetition_penalty": 5.0,
-        "max_length": 9,
-        "min_p": 0.9,
-        "eos_token_id": [2, 7],
-    }
+    settings = {"num_beams": 3, "repetition_penalty": 5.0, "max_length": 9, "min_p": 0.9}
+    settings["eos_token_id"] = [2, 7]
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
     ids = prompt_ids(tokenizer, ROWS[0])
     own, plain = (
-        train.load_base(folder, torch.float32, torch.device("cpu"))
-        for folder in (str(tmp_path / "model"), base)
+        load_base(folder, torch.float32, torch.device("cpu")) for folder in (str(tmp_path / "model"), base)
     )
     assert stop_ids(own, tokenizer) == sorted({2, 7, tokenizer.eos_token_id})
     options = {"autocast": FP32, "max_new_tokens": 12}
@@ -166,12 +161,12 @@ def test_every_flag_reaches_the_model(adapter, base, flags, changed, monkeypatch
     monkeypatch.setattr(script, "generate", record)
     argv = ["--model", base, "--adapter", adapter[1], "--prompt", "What?", "--max_new_tokens", "40"]
     for more in ([], flags.split()):
-        script.main(flags_of([*argv, *more]))
+        script.main([*argv, *more])
     (plain, got) = ({name: call.get(name) for name in changed} for call in calls)
     assert got == changed and plain != changed
 
 
-def test_what_the_training_used_is_what_the_flags_leave_open(run, base):
+def test_flags_that_are_not_given_are_as_in_the_training(run, base):
     _, folder = run("--max_steps 1 --bnb_4bit_quant_type fp4 --no_bnb_4bit_use_double_quant --dtype bfloat16")
     argv = ["--model", base, "--adapter", str(folder)]
     config = flags_of(argv)
@@ -180,36 +175,74 @@ def test_what_the_training_used_is_what_the_flags_leave_open(run, base):
     config = flags_of([*argv, "--bnb_4bit_quant_type", "nf4", "--dtype", "float32"])
     assert (config.bnb_4bit_quant_type, config.dtype) == ("nf4", "float32")
     assert flags_of([*argv, "--dataset_format", "auto"]).dataset_format == "prompt_completion"
+    settings = json.loads((folder / SETTINGS).read_text())
+    for name in KEPT_SETTINGS:
+        (folder / SETTINGS).write_text(json.dumps({key: settings[key] for key in settings if key != name}))
+        with pytest.raises(InputError, match=name):
+            flags_of(argv)
     (folder / SETTINGS).write_text('{"dtype": "float32"')
-    with pytest.raises(InputError, match=f"{SETTINGS} is damaged"):
+    with pytest.raises(InputError, match=f"{SETTINGS} is corrupt"):
         flags_of(argv)
 
 
-def test_a_disk_that_is_full_ends_the_answers_with_one_line(base, tmp_path, monkeypatch):
-    class Full(io.StringIO):
-        def write(self, text):
-            raise OSError(28, "No space left on device")
-
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_answers_with_one_line(base, tmp_path):
     (tmp_path / "prompts.txt").write_text("What is red?\nWhat is blue?\n")
-    monkeypatch.setattr(script, "open", lambda *_, **__: Full(), raising=False)
     argv = ["--model", base, "--prompts_file", str(tmp_path / "prompts.txt"), "--max_new_tokens", "2"]
-    with pytest.raises(InputError, match="cannot be written after 0 answers: No space left on device"):
-        script.main(flags_of(argv))
+    with pytest.raises(SystemExit, match="cannot be written after 0 answers: No space left on device"):
+        script.main([*argv, "--output_file", "/dev/full"])
 
 
-def test_an_adapter_on_another_base_answers_only_if_asked(run, base, tmp_path, capsys):
+def test_answers_are_written_batch_by_batch(tmp_path):
+    """A run that is killed keeps the answers that it has."""
+    rows, path = [{"prompt": str(number)} for number in range(3)], tmp_path / "answers.jsonl"
+    lines = []
+
+    def batches():
+        yield ["a", " b "]
+        lines.extend(path.read_text().splitlines())
+        yield ["c"]
+
+    script.write_answers(rows, batches(), path)
+    assert [json.loads(line)["answer"] for line in lines] == ["a", "b"]
+    assert path.read_text().splitlines()[2:] == ['{"prompt": "2", "answer": "c"}']
+
+
+def test_characters_that_the_terminal_lacks_are_printed_as_question_marks(base, monkeypatch, capsys):
+    argv = ["--model", base, "--prompt", "What is \u96ea?", "--max_new_tokens", "20", "--dtype", "float32"]
+    script.main(argv)
+    answer = capsys.readouterr().out
+    assert any(ord(character) > 255 for character in answer)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    script.main(argv)
+    stdout.flush()
+    assert stdout.buffer.getvalue() == answer.encode("latin-1", errors="replace")
+
+
+def test_ctrl_c_ends_the_command_without_a_traceback(base, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "load_base_for", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--model", base, "--prompt", "What?", "--max_new_tokens", "9"])
+    assert stop.value.code == 130
+
+
+def test_an_adapter_on_another_base_answers_only_if_asked(run, base, tmp_path):
     _, folder = run("--max_steps 1")
     other = shutil.copytree(base, tmp_path / "other")
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1000] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     argv = ["--model", str(other), "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "2"]
-    with pytest.raises(InputError, match=r"was trained on another base than --model: .* --allow_other_base"):
-        script.main(flags_of(argv))
-    script.main(flags_of([*argv, "--allow_other_base"]))
+    with pytest.raises(SystemExit, match=r"was trained on another base than --model.* --allow_other_base"):
+        script.main(argv)
+    script.main([*argv, "--allow_other_base"])
 
 
-def test_an_adapter_that_does_not_say_how_it_was_trained_is_said_so(run, base, capsys):
+def test_a_warning_is_printed_if_the_adapters_settings_are_unknown(run, base, capsys):
     _, folder = run("--max_steps 1")
     (folder / SETTINGS).unlink()
     assert flags_of(["--model", base, "--adapter", str(folder)]).dataset_format == "auto"
@@ -229,17 +262,13 @@ def test_an_adapter_that_does_not_say_how_it_was_trained_is_said_so(run, base, c
         (lambda tensors: tensors.update({next(iter(tensors)): torch.ones(3, 3)}), "does not fit"),
     ],
 )
-def test_half_an_adapter_is_refused(run, base, change, message):
+def test_an_incomplete_adapter_is_refused(run, base, change, message):
     _, folder = run("--max_steps 1")
     tensors = load_file(folder / ADAPTER)
     change(tensors)
     save_file(tensors, folder / ADAPTER)
-    with pytest.raises(InputError, match=message):
-        script.main(
-            flags_of(
-                ["--model", base, "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "9"]
-            )
-        )
+    with pytest.raises(SystemExit, match=message):
+        script.main(["--model", base, "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "9"])
 
 
 @pytest.mark.parametrize(
@@ -250,20 +279,19 @@ def test_an_adapter_that_peft_cannot_use_is_refused(run, base, field, value):
     _, folder = run("--max_steps 1")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {field: value}))
-    with pytest.raises(InputError, match="adapter"):
-        argv = ["--model", base, "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "9"]
-        script.main(flags_of(argv))
+    with pytest.raises(SystemExit, match=r"error: .*adapter"):
+        script.main(["--model", base, "--adapter", str(folder), "--prompt", "What?", "--max_new_tokens", "9"])
 
 
 def test_an_answer_does_not_replace_a_column_of_the_row(base, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What?", "answer": "a reference"}')
-    with pytest.raises(InputError, match="column 'answer'"):
-        script.main(flags_of(["--model", base, "--prompts_file", str(rows), "--max_new_tokens", "9"]))
+    with pytest.raises(SystemExit, match="column 'answer'"):
+        script.main(["--model", base, "--prompts_file", str(rows), "--max_new_tokens", "9"])
 
 
 def test_a_hub_adapter_brings_its_settings_and_tokenizer(run, base, tmp_path, monkeypatch):
-    """The hub's cache, filled as hf_hub_download does it; nothing is asked of the network."""
+    """From the hub's cache, laid out as by hf_hub_download; the network is not used."""
     _, folder = run("--max_steps 1 --bnb_4bit_quant_type fp4")
     snapshot = tmp_path / "hub" / "models--someone--adapter" / "snapshots" / ("0" * 40)
     shutil.copytree(folder, snapshot)
@@ -274,27 +302,29 @@ def test_a_hub_adapter_brings_its_settings_and_tokenizer(run, base, tmp_path, mo
     assert flags_of(["--model", base, "--adapter", "someone/adapter"]).bnb_4bit_quant_type == "fp4"
     assert adapter_file("someone/adapter", "tokenizer_config.json").parent == snapshot
     assert adapter_file("someone/adapter", "no-such-file.json") is None
-    base_model = train.load_base(base, torch.float32, torch.device("cpu"))
+    base_model = load_base(base, torch.float32, torch.device("cpu"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # PEFT would ask the hub now
-    assert train.load_adapter(base_model, "someone/adapter", is_trainable=False)
+    assert load_adapter(base_model, "someone/adapter", is_trainable=False)
 
 
-def test_the_chat_goes_on_after_a_question_that_is_stopped_or_too_long(tokenizer, monkeypatch, capsys):
+def test_the_chat_continues_after_an_interruption_and_after_too_long_a_question(
+    tokenizer, monkeypatch, capsys
+):
     asked, lines = [], iter(["first", "second", "word " * 99, "third", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
 
-    def answer(prompts, seed, streamer):
+    def reply(prompts, seed, streamer):
         asked.append(tokenizer.decode(prompts[0]))
         if len(asked) == 2:
             raise KeyboardInterrupt
         return [" an answer"]
 
-    script.chat(PromptWriter(tokenizer, "guanaco", "text", max_tokens=120), answer, seed=0)
+    script.chat(PromptWriter(tokenizer, "guanaco", "text", max_tokens=120), reply, seed=0)
     assert len(asked) == 3 and "first" in asked[2] and "an answer" in asked[2] and "second" not in asked[2]
     assert "stopped" in (printed := capsys.readouterr().out) and "the prompt has" in printed
 
 
-def test_the_chat_says_so_if_its_format_has_no_history(tokenizer, monkeypatch, capsys):
+def test_the_chat_tells_if_its_format_has_no_history(tokenizer, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _: "")
     script.chat(PromptWriter(tokenizer, "alpaca", "text", max_tokens=120), None, seed=0)
     assert "stands alone" in capsys.readouterr().out
@@ -306,24 +336,12 @@ def command(*flags: str, **options):
     )
 
 
-def test_a_file_of_prompts_becomes_a_file_of_answers(adapter, base, rows_file, tmp_path):
+def test_a_file_of_prompts_gives_a_file_of_answers(adapter, base, rows_file, tmp_path):
     _, folder = adapter
     output = tmp_path / "answers.jsonl"
     result = command(
-        "--model",
-        base,
-        "--adapter",
-        folder,
-        "--dtype",
-        "float32",
-        "--prompts_file",
-        rows_file,
-        "--output_file",
-        str(output),
-        "--max_new_tokens",
-        "60",
-        "--batch_size",
-        "10",
+        *("--model", base, "--adapter", folder, "--dtype", "float32", "--prompts_file", rows_file),
+        *("--output_file", str(output), "--max_new_tokens", "60", "--batch_size", "10"),
     )
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in output.read_text().splitlines()]
@@ -331,7 +349,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(adapter, base, rows_file, t
     assert sum(line["answer"] == line["completion"] for line in lines) > len(ROWS) / 2
 
 
-def test_lines_of_text_are_prompts_too(adapter, base, tmp_path):
+def test_each_line_of_a_txt_file_is_a_prompt(adapter, base, tmp_path):
     _, folder = adapter
     prompts = tmp_path / "questions.txt"
     prompts.write_text("".join(f"{row['prompt']}\n" for row in ROWS[:3]))
@@ -345,22 +363,14 @@ def test_lines_of_text_are_prompts_too(adapter, base, tmp_path):
     assert all(line["answer"] for line in lines)
 
 
-def test_the_format_of_the_training_is_kept_beside_the_adapter(base, tmp_path):
+def test_the_format_of_the_training_is_saved_with_the_adapter(base, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "What is red?", "output": "A leaf."}\n' * 3)
     flags = ["--model", base, "--dataset", str(rows), "--output_dir", str(tmp_path / "out")]
     train.train(parse_args(TrainConfig, [*flags, "--dtype", "float32", "--max_steps", "1"]))
-    flags = [
-        "--model",
-        base,
-        "--adapter",
-        str(tmp_path / "out"),
-        "--dtype",
-        "float32",
-        "--max_new_tokens",
-        "2",
-    ]
-    result = command(*flags, "--prompts_file", str(rows))  # has no column that another format would know
+    flags = ["--model", base, "--adapter", str(tmp_path / "out"), "--dtype", "float32"]
+    flags += ["--max_new_tokens", "2", "--prompts_file", str(rows)]
+    result = command(*flags)  # the rows have no column of another format
     assert result.returncode == 0, result.stderr
 
 
@@ -382,12 +392,8 @@ def test_the_chat_answers_until_the_input_ends(adapter, base):
         (["--prompts_file", "missing.txt"], 1, "missing.txt"),
         (["--prompts_file", "a.txt", "--output_file", "./a.txt"], 1, "overwrite the prompts"),
         (["--prompt", "word " * 300], 1, "leaves 216 for a prompt"),
-        (["--prompt", "x", "--max_new_tokens", "256"], 1, "leaves no room in a context of 256"),
-        (
-            ["--prompts_file", "README.md", "--output_file", "no-such-folder/a.jsonl"],
-            1,
-            "folder that is there",
-        ),
+        (["--prompt", "x", "--max_new_tokens", "256"], 1, "no room for a prompt: the model's context is 256"),
+        (["--prompts_file", "README.md", "--output_file", "nowhere/a.jsonl"], 1, "existing folder"),
         (["--prompts_file", "README.md", "--output_file", "tests"], 1, "must be a file"),
     ],
 )

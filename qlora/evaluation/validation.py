@@ -1,47 +1,79 @@
-"""Validation loss over tokens."""
+"""Validation loss: mean cross-entropy over all targets of the validation rows."""
+
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 
-from qlora.data.batch import micro_batches, to_device
-from qlora.data.tokenize import TokenizedRows
-from qlora.model.loss import next_token_loss
+from qlora.data.batch import micro_batches, padded_length, to_device
+from qlora.data.tokenized import TokenizedRows
+from qlora.model.loss import target_logprobs
 
 
-@torch.no_grad()
-def evaluate_loss(
-    model, rows: TokenizedRows, batches: list[list[int]], pad_id: int, autocast, plain_head: bool, stop=False
-) -> float | None:
-    """Mean cross-entropy over all targets of `rows`; its exponential is the perplexity.
+class Validation:
+    """Validation rows in batches, the longest first: if memory runs out, it does so at once."""
 
-    `batches` are eval_batches'. `autocast` is called for a fresh autocast context of every batch. Draws no
-    random number and leaves the model in the mode it was in, so that training goes on as if nothing had
-    happened. The logits are never held. Once `stop` is true, returns None.
+    def __init__(
+        self,
+        rows: TokenizedRows,
+        batch_size: int,
+        max_tokens: int,
+        pad_id: int,
+        hidden_states: Callable | None,
+        autocast: Callable,
+    ):
+        self.rows, self.pad_id = rows, pad_id
+        self.hidden_states, self.autocast = hidden_states, autocast  # the first from choose_hidden_states()
+        self.batches = eval_batches(rows.lengths, batch_size, max_tokens)
+
+    def loss(
+        self,
+        model,
+        should_stop: Callable[[], bool] = lambda: False,
+        batches: Iterable[list[int]] | None = None,
+    ) -> float | None:
+        """Mean cross-entropy in nats per target, whose exponential is the perplexity; None if stopped.
+
+        Draws no random number and leaves the model in its mode, so training goes on as if nothing had
+        happened. `should_stop` is asked before every batch. `batches` replace the object's own, in a progress
+        bar for example.
+        """
+        was_training = model.training
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=model.device)
+        try:
+            for row_indices in self.batches if batches is None else batches:
+                if should_stop():
+                    return None
+                total += self._batch_loss(model, row_indices)
+        finally:
+            model.train(was_training)
+        return total.item() / self.rows.targets
+
+    @torch.no_grad()
+    def _batch_loss(self, model, row_indices: list[int]) -> torch.Tensor:
+        """Summed cross-entropy over a batch's targets."""
+        packs = [[index] for index in row_indices]
+        (batch,) = micro_batches(self.rows, packs, len(packs), self.pad_id)
+        with self.autocast():
+            return -target_logprobs(model, to_device(batch, model.device), self.hidden_states).sum()
+
+    def run_largest_batch(self, model) -> None:
+        """Run the batch with the most tokens, padding included, for a rehearsal."""
+        tokens = [len(batch) * padded_length(int(self.rows.lengths[batch[0]])) for batch in self.batches]
+        self.loss(model, batches=[self.batches[int(np.argmax(tokens))]])
+
+
+def eval_batches(lengths: np.ndarray, batch_size: int, max_tokens: int) -> list[list[int]]:
+    """The rows of each batch, the longest first.
+
+    A batch has at most `batch_size` rows and at most `max_tokens` tokens (as many as a micro-batch of the
+    training), each row counted as long as the batch's longest; but at least one row.
     """
-    was_training = model.training
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    done = 0
-    try:
-        for indices in batches:
-            if stop:
-                break
-            (batch,) = micro_batches(rows, [[index] for index in indices], len(indices), pad_id)
-            with autocast():
-                total += next_token_loss(model, to_device(batch, model.device), plain_head)
-            done += len(indices)
-    finally:
-        model.train(was_training)
-    return total.item() / rows.targets if done == len(rows) else None
-
-
-def eval_batches(lengths: np.ndarray, batch_size: int, most_tokens: int) -> list[list[int]]:
-    """The rows of each batch of an evaluation, the longest first: at most `batch_size` of them, and no more
-    with their padding than `most_tokens`, which is what a training step takes at once."""
     longest_first = (-lengths).argsort(kind="stable").tolist()
     batches, start = [], 0
     while start < len(longest_first):
-        fitting = most_tokens // int(lengths[longest_first[start]])
+        fitting = max_tokens // int(lengths[longest_first[start]])
         rows = longest_first[start : start + max(min(batch_size, fitting), 1)]
         batches.append(rows)
         start += len(rows)

@@ -1,4 +1,4 @@
-"""--sample_prompts: what base and tuned model answer at every evaluation."""
+"""--sample_prompts: answers of base and tuned model at every evaluation."""
 
 import json
 from contextlib import nullcontext
@@ -47,7 +47,7 @@ def test_the_base_answers_without_the_adapter(run, base, prompts, rows_file):
     assert [sample["tuned"] for sample in tame] == [sample["base"] for sample in tame]
 
 
-def test_a_sample_that_fails_costs_the_samples_alone(run, rows_file, prompts, monkeypatch, capsys):
+def test_an_out_of_memory_error_costs_only_the_samples(run, rows_file, prompts, monkeypatch, capsys):
     flags = f"--max_steps 3 --eval_steps 1 --lora_dropout 0.2 --validation_dataset {rows_file}"
     want = adapter(run(flags, out="plain")[1])
 
@@ -57,17 +57,30 @@ def test_a_sample_that_fails_costs_the_samples_alone(run, rows_file, prompts, mo
     monkeypatch.setattr("transformers.GenerationMixin.generate", runs_out)
     _, folder = run(flags, f"--sample_prompts {prompts}")
     assert_same(adapter(folder), want)  # with dropout: the model was in training mode again
-    assert capsys.readouterr().out.count("no samples (CUDA out of memory)") == 3
+    assert (
+        capsys.readouterr().out.count("no samples at this evaluation: out of memory (CUDA out of memory)")
+        == 3
+    )
     assert not any("samples" in line for line in metrics(folder))
 
 
-def test_samples_that_were_stopped_are_not_logged(tokenizer, monkeypatch):
+def test_samples_are_not_logged_if_the_run_was_stopped(tokenizer, monkeypatch):
     monkeypatch.setattr("qlora.evaluation.samples.generate", lambda *_, **__: ["half an ans"])
     model = SimpleNamespace(disable_adapter=nullcontext)
     samples = Samples([[1, 2]], tokenizer, 4)
-    assert samples.ask(model, None, stop=True) is None
-    (answered,) = samples.ask(model, None, stop=False)
+    assert samples.ask(model, None, should_stop=lambda: True, say=print) is None
+    (answered,) = samples.ask(model, None, should_stop=lambda: False, say=print)
     assert answered["tuned"] == answered["base"] == "half an ans"
+
+
+def test_other_errors_are_raised(base, tokenizer, monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("a mistake in the loop")
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    monkeypatch.setattr("transformers.GenerationMixin.generate", fail)
+    with pytest.raises(TypeError, match="a mistake in the loop"):
+        Samples([[1, 2]], tokenizer, 4).ask(model, nullcontext, should_stop=lambda: False, say=print)
 
 
 def test_wandb_gets_a_table():
@@ -83,9 +96,7 @@ def test_wandb_gets_a_table():
     assert logged[3]["samples"].data == [["a", "b", "c"]]
 
 
-def test_a_prompt_that_cannot_be_used_ends_the_run_before_the_model_loads(
-    run, rows_file, tmp_path, monkeypatch
-):
+def test_an_invalid_prompt_ends_the_run_before_the_model_is_loaded(run, rows_file, tmp_path, monkeypatch):
     monkeypatch.setattr("train.load_base", lambda *_: pytest.fail("loaded"))
     (tmp_path / "bad.jsonl").write_text('{"question": "What?"}\n')
     flags = f"--validation_dataset {rows_file} --sample_prompts"
@@ -95,17 +106,12 @@ def test_a_prompt_that_cannot_be_used_ends_the_run_before_the_model_loads(
         run(flags, f"{tmp_path}/none.jsonl")
 
 
-def test_an_answer_ends_where_the_run_is_asked_to_stop(base, tokenizer):
+def test_an_answer_ends_once_the_run_is_asked_to_stop(base, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(base)
-
-    class Stop:
-        looked = 0
-
-        def __bool__(self):
-            self.looked += 1
-            return self.looked >= 3
 
     ask = partial(
         generate, model, tokenizer, [[1, 300, 301]], nullcontext, max_new_tokens=20, min_new_tokens=20
     )
-    assert len(tokenizer(ask()[0])["input_ids"]) > len(tokenizer(ask(stop=Stop())[0])["input_ids"])
+    due = iter([False, False, True])
+    short = ask(should_stop=lambda: next(due))[0]  # three tokens, after each of which it is asked
+    assert len(tokenizer(ask()[0])["input_ids"]) > len(tokenizer(short)["input_ids"])
