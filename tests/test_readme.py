@@ -1,111 +1,108 @@
-"""The README says what is true: its commands parse, its flag tables are the configuration's.
+"""README.md says what is true: the step is train.py's, the file tree complete, the figures measured.
 
-After a change of flags: python tests/test_readme.py rewrites the tables.
+After a change of the step: python -m tests.test_readme
 """
 
-import dataclasses
 import re
-import shlex
-import sys
-from pathlib import Path
+import textwrap
 
-import pytest
+from tests.conftest import ROOT
+from tests.documents import DOCS, PYTHON, README, code_blocks, commands
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from qlora.config import EvaluateConfig, GenerateConfig, MergeConfig, TrainConfig, parse_args  # noqa: E402
-from qlora.log import comparison_parser  # noqa: E402
-
-README = ROOT / "README.md"
-CONFIGS = {
-    "train.py": TrainConfig, "generate.py": GenerateConfig, "qlora.evaluate": EvaluateConfig,
-    "qlora.merge": MergeConfig,
-}  # fmt: skip
+TEXT = README.read_text()
+MAX_LINES = 250
+MAX_IMAGE_BYTES = 100_000
+# How the first and the last line of each piece begin.
+PASTED = [("learning_rate = ", "optimizer.zero_grad("), ("with autocast():", "return loss.detach()")]
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+def table_rows(text: str) -> list[str]:
+    return re.findall(r"^\| .+ \|$", text, re.MULTILINE)
 
 
-def flag_table(config_class) -> str:
-    """A Markdown table of every flag, its default and its help text."""
-    rows = ["| flag | default | |", "|---|---|---|"]
-    for field in dataclasses.fields(config_class):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = " ".join(field.default_factory())
-        elif default is dataclasses.MISSING:
-            default = "required"
-        elif default is None or isinstance(default, bool):
-            default = {None: "", True: "on", False: "off"}[default]
-        help_text = field.metadata["help"].replace("%%", "%").replace("|", "\\|")
-        rows.append(f"| `--{field.name}` | {default} | {help_text} |")
-    return "\n".join(rows)
+def test_it_can_be_read_in_one_go():
+    assert len(TEXT.splitlines()) <= MAX_LINES
 
 
-def with_tables(text: str) -> str:
-    for config_class in CONFIGS.values():
-        name = config_class.__name__
-        pattern = rf"(<!-- flags of {name} -->\n).*?(<!-- end -->)"
-        table = flag_table(config_class)
-        text = re.sub(pattern, lambda match, t=table: f"{match[1]}{t}\n{match[2]}", text, flags=re.DOTALL)
-    return text
+def pasted_pieces() -> list[str]:
+    """The step, and the body of forward_backward, without the indentation that they have in train.py."""
+    lines = (ROOT / "train.py").read_text().splitlines(keepends=True)
+    pieces = []
+    for first, last in PASTED:
+        (start,) = [number for number, line in enumerate(lines) if line.strip().startswith(first)]
+        (end,) = [number for number, line in enumerate(lines) if line.strip().startswith(last)]
+        pieces.append(textwrap.dedent("".join(lines[start : end + 1])))
+    return pieces
 
 
-def parse(words: list[str]):
-    """What the words behind `python` come to; a mistake ends the test."""
-    program, *flags = words[1:] if words[0] == "-m" else words
-    if program == "qlora.log":
-        return comparison_parser().parse_args(flags)
-    return parse_args(CONFIGS[program], flags)
+def test_the_pasted_step_is_that_of_train_py():
+    assert code_blocks(TEXT, "python") == pasted_pieces(), "run: python -m tests.test_readme"
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_parses(command):
-    program, *words = shlex.split(command)
-    if program == "make":
-        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    else:
-        assert program == ".venv/bin/python"
-        parse(words)
+def test_the_file_tree_lists_exactly_the_modules():
+    (tree,) = [block for block in code_blocks(TEXT, "") if block.startswith("train.py")]
+    listed, room = {}, ""
+    for line in tree.splitlines():
+        heading = re.match(r"( *)(\w+)/ ", line)
+        if heading:
+            room = f"qlora/{heading[2]}" if heading[1] else heading[2]
+            line = line[heading.end() :]
+        listed[room] = f"{listed.get(room, '')} {line}"
+    for room in ["qlora", "examples", "benchmarks", *(f"qlora/{path.name}" for path in rooms())]:
+        names = re.findall(r"\w+", re.sub(r"\(.*?\)", "", listed[room]))
+        assert sorted(names) == sorted(path.stem for path in (ROOT / room).glob("[a-z]*.py")), room
+
+
+def rooms() -> list:
+    return [path for path in (ROOT / "qlora").iterdir() if path.is_dir() and any(path.glob("[a-z]*.py"))]
+
+
+def test_every_document_is_linked():
+    for path in DOCS:
+        assert f"](docs/{path.name})" in TEXT, path.name
+
+
+def test_the_pinned_versions_are_those_of_the_requirements():
+    (line,) = re.findall(r"^\| pinned versions \|(.*)$", TEXT, re.MULTILINE)
+    pinned = re.findall(r"(\w+) (\d+\.\d+\.\d+)", line)
+    assert len(pinned) == 4
+    requirements = (ROOT / "requirements.txt").read_text()
+    assert all(f"\n{package}=={version}\n" in requirements for package, version in pinned)
+
+
+def test_every_row_of_the_speed_table_is_in_the_measured_one():
+    speed = TEXT.split("\n## Speed\n")[1].split("\n## ")[0]
+    measured = (ROOT / "docs" / "performance.md").read_text()
+    rows = [row.strip("| ").split(" | ") for row in table_rows(speed)][1:]
+    assert len(rows) == 4
+    for name, *cells in rows:
+        (row,) = [row for row in table_rows(measured) if row.startswith(f"| {name} |")]
+        for cell in cells:
+            assert cell.split(" (")[0] in row, name
+
+
+def test_the_figures_at_the_top_follow_from_the_table():
+    ours, theirs = re.findall(r"([\d,]+) tokens/s, ([\d.]+) GB", TEXT.split("\n## Speed\n")[1])[:2]
+    speeds, gigabytes = ([float(pair[i].replace(",", "")) for pair in (ours, theirs)] for i in (0, 1))
+    assert f"**{speeds[0] / speeds[1]:.2f}x the speed" in TEXT
+    assert f"**{gigabytes[0] / gigabytes[1]:.2f}x its memory" in TEXT
+    top = TEXT.split("\n## ")[0]
+    assert f"{ours[0]} against {theirs[0]} tokens/s" in top and f"{ours[1]} against {theirs[1]} GB" in top
+
+
+def test_the_pictures_are_small():
+    images = re.findall(r'src="([^"]+)"', TEXT)
+    assert images
+    for image in images:
+        assert (ROOT / image).stat().st_size < MAX_IMAGE_BYTES
 
 
 def test_there_are_commands_of_every_kind():
-    text = "\n".join(commands())
-    assert all(word in text for word in ("make demo", "make test", "train.py --model", "generate.py --model"))
-    assert all(
-        f"-m qlora.{name} " in text
-        for name in ("evaluate --model", "evaluate --quantization", "merge", "log")
-    )
-
-
-def test_the_flag_tables_are_the_configurations():
-    assert README.read_text() == with_tables(README.read_text()), "run: python tests/test_readme.py"
-
-
-def test_every_named_file_and_function_exists():
-    text = README.read_text()
-    for target in re.findall(r"\]\(([\w/.]+)\)", text):
-        assert (ROOT / target).exists(), target
-    for names, file in re.findall(r"\| ((?:`\w+`(?:, )?)+) in \[(qlora/[\w/]+\.py)\]", text):
-        for name in re.findall(r"`(\w+)`", names):
-            defined = rf"^((def|class) {name}\b|{name} = )"
-            assert re.search(defined, (ROOT / file).read_text(), re.MULTILINE), name
-    for file in re.findall(r"^(?:qlora/)?\w+\.py(?= )", text, re.MULTILINE):
-        assert (ROOT / file).exists(), file
-    listed = set(re.findall(r"^(qlora/[\w/]+\.py) ", text, re.MULTILINE))
-    assert listed == {str(path.relative_to(ROOT)) for path in (ROOT / "qlora").rglob("[a-z]*.py")}
-
-
-def test_every_test_that_proves_a_promise_exists():
-    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    named = re.findall(r"`(test_\w+?)(\.\.\.)?`", README.read_text())
-    assert len(named) > 10
-    for name, is_cut in named:
-        assert re.search(rf"^def {name}{'' if is_cut else '[(]'}", tests, re.MULTILINE), name
+    programs = {" ".join(words[:2]) for words in commands(TEXT)}
+    assert {"make demo", f"{PYTHON} train.py", f"{PYTHON} generate.py"} <= programs
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for pasted, piece in zip(code_blocks(TEXT, "python"), pasted_pieces(), strict=True):
+        TEXT = TEXT.replace(pasted, piece)
+    README.write_text(TEXT)

@@ -1,14 +1,11 @@
-"""docs/recipes.md says what is true: bash reads its commands, they train, its numbers are Llama-2-7B's."""
+"""docs/recipes.md: its commands parse and train, with the settings and parameter counts of each system."""
 
 import dataclasses
 import inspect
 import json
 import math
 import re
-import subprocess
-import tempfile
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,13 +16,16 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 import generate
 import train
 from qlora import evaluate
-from qlora.commands import parse_for_adapter
-from qlora.config import EvaluateConfig, GenerateConfig, TrainConfig, parse_args
+from qlora.config import EvaluateConfig, GenerateConfig, TrainConfig
+from qlora.flags import parse_args
 from qlora.model.adapter import ADAPTER, SETTINGS, add_adapter
 from qlora.model.base import load_tokenizer
+from qlora.run import hub
 from qlora.run.checkpoint import STATE, STATE_TENSORS
 from tests.conftest import ROOT, ROWS
-from tests.test_readme import parse
+from tests.documents import PYTHON, parse
+from tests.documents import commands as document_commands
+from tests.results import metrics
 
 RECIPES = ROOT / "docs" / "recipes.md"
 DEFAULTS = dataclasses.asdict(TrainConfig("any"))
@@ -40,7 +40,7 @@ LLAMA_2_7B = LlamaConfig(
     tie_word_embeddings=False,
 )
 
-# What each system asks for; the rest is the default.
+# The settings that each system names; the rest are the defaults.
 ASKED = {
     "A": {
         "model": "meta-llama/Llama-2-7b-hf", "dataset_text_field": "text", "load_in_4bit": True,
@@ -96,7 +96,7 @@ def alpaca(question: str, answer: str) -> dict:
     return {"instruction": question, "input": "", "output": answer, "prompt": f"{question}\n{answer}"}
 
 
-# The rows that each system trains on, and the format that is to be recognised in them.
+# The rows that each system trains on, and their format, which is to be recognized.
 DATA = {
     "A": (plain_text, "text"),
     "B": (llama2, "llama2"),
@@ -114,18 +114,10 @@ def sections() -> dict[str, str]:
 
 @cache
 def commands(system: str) -> list[list[str]]:
-    """The words of a system's commands as bash hands them over: loops run, variables and quotes resolved."""
-    with tempfile.TemporaryDirectory() as folder:
-        python = Path(folder, ".venv", "bin", "python")
-        python.parent.mkdir(parents=True)
-        python.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\necho\n")
-        python.chmod(0o755)
-        (python.parent / "pip").symlink_to("/bin/true")
-        blocks = "".join(re.findall(r"```bash\n(.*?)```", sections()[system], re.DOTALL))
-        shell = subprocess.run(
-            ["bash", "-euc", blocks], cwd=folder, check=True, capture_output=True, text=True
-        )
-    return [line.removesuffix("\0").split("\0") for line in shell.stdout.splitlines()]
+    """The words of a system's commands, without the program."""
+    calls = document_commands(sections()[system])
+    assert all(program == PYTHON for program, *_ in calls)
+    return [words for _, *words in calls]
 
 
 def trainings(system: str) -> list[list[str]]:
@@ -177,37 +169,35 @@ def data_of(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(base, data_of, tmp_path_factory):
-    """Train as a system's recipe says, on the tiny base; what the loop was told last is in `told`."""
+    """Train as a system's recipe says, on the tiny base; `calls` has the last arguments of some functions."""
 
     @cache
     def trained(system: str) -> SimpleNamespace:
-        folder, told = tmp_path_factory.mktemp(f"recipe-{system}") / "out", {}
+        folder, calls = tmp_path_factory.mktemp(f"recipe-{system}") / "out", {}
         changed = ["--model", base, "--dataset", data_of(system), "--output_dir", str(folder)]
         if system != "A":  # which has its own number of steps
             changed += ["--max_steps", "2"]
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("build_optimizer", "lr_at", "clip_grad_norm_"):
-                patch.setattr(train, name, telling(getattr(train, name), name, told))
-            patch.setattr(train, "check_hub", lambda name: name)
-            patch.setattr(train, "push", telling(lambda folder, repo, is_private: "hub", "push", told))
+            for module, name in (
+                (train, "build_optimizer"), (train, "Schedule"), (torch.nn.utils, "clip_grad_norm_")
+            ):  # fmt: skip
+                patch.setattr(module, name, recording(getattr(module, name), name, calls))
+            patch.setattr(hub, "check_hub", lambda name: name)
+            patch.setattr(hub, "push", recording(lambda folder, repo, is_private: "hub", "push", calls))
             train.train(parse_args(TrainConfig, [*trainings(system)[0], *changed]))
-        return SimpleNamespace(folder=folder, told=told)
+        return SimpleNamespace(folder=folder, calls=calls)
 
     return trained
 
 
-def telling(function, name: str, told: dict):
-    """The function, leaving in told[name] what it was last called with, by the names of its parameters."""
+def recording(function, name: str, calls: dict):
+    """The function, which then leaves its last arguments in calls[name], by parameter name."""
 
     def call(*arguments, **options):
-        told[name] = inspect.signature(function).bind(*arguments, **options).arguments
+        calls[name] = inspect.signature(function).bind(*arguments, **options).arguments
         return function(*arguments, **options)
 
     return call
-
-
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_there_is_a_recipe_for_each_system():
@@ -224,57 +214,58 @@ def test_every_command_parses(system):
 
 
 @pytest.mark.parametrize("system", ASKED)
-def test_the_settings_are_those_of_the_system(system):
+def test_a_recipe_has_the_settings_of_its_system_and_defaults_otherwise(system):
     given = settings(trainings(system)[0])
     free = {name: given[name] for name in ("dataset", "output_dir")}
     assert given == DEFAULTS | free | ASKED[system]
 
 
 @pytest.mark.parametrize("system", ASKED)
-def test_the_adapter_is_what_the_recipe_says(system, trained, base):
-    wanted = DEFAULTS | ASKED[system]
+def test_the_trained_adapter_has_the_settings_of_the_recipe(system, trained, base):
+    expected = DEFAULTS | ASKED[system]
     folder = trained(system).folder
     lora = json.loads((folder / "adapter_config.json").read_text())
     assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"], lora["bias"]) == (
-        wanted["lora_r"], wanted["lora_alpha"], wanted["lora_dropout"], "none"
+        expected["lora_r"], expected["lora_alpha"], expected["lora_dropout"], "none"
     )  # fmt: skip
     tensors = load_file(folder / ADAPTER)
     linear = set(re.findall(r"\w+_proj", " ".join(tensors)))
-    targets = wanted["lora_target_modules"]
+    targets = expected["lora_target_modules"]
     assert linear == set(targets) if targets != ["all-linear"] else len(linear) == 7
-    parameters = lora_parameters(AutoConfig.from_pretrained(base), wanted["lora_r"], targets)
+    parameters = lora_parameters(AutoConfig.from_pretrained(base), expected["lora_r"], targets)
     assert sum(tensor.numel() for tensor in tensors.values()) == parameters
     assert any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
     kept = json.loads((folder / SETTINGS).read_text())
     assert kept["dataset_format"] == DATA[system][1]
     for name in ("dtype", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
-        assert kept[name] == wanted[name]
+        assert kept[name] == expected[name]
 
 
 @pytest.mark.parametrize("system", ASKED)
-def test_the_steps_are_what_the_recipe_says(system, trained):
-    wanted = DEFAULTS | ASKED[system]
+def test_the_training_steps_use_the_settings_of_the_recipe(system, trained):
+    expected = DEFAULTS | ASKED[system]
     run, steps = trained(system), ASKED[system].get("max_steps", 2)
-    optimizer = run.told["build_optimizer"]
-    assert (optimizer["name"], optimizer["weight_decay"]) == (wanted["optim"], wanted["weight_decay"])
-    rate = run.told["lr_at"]
-    assert (rate["peak"], rate["schedule"]) == (wanted["learning_rate"], wanted["lr_scheduler_type"])
-    assert rate["total_steps"] == steps
-    assert rate["warmup_steps"] == math.ceil(wanted["warmup_ratio"] * steps) == 1
-    assert run.told["clip_grad_norm_"]["max_norm"] == wanted["max_grad_norm"]
+    optimizer = run.calls["build_optimizer"]
+    (group,) = optimizer["groups"]
+    assert (optimizer["name"], group["weight_decay"]) == (expected["optim"], expected["weight_decay"])
+    schedule = run.calls["Schedule"]
+    assert (schedule["peak"], schedule["shape"]) == (expected["learning_rate"], expected["lr_scheduler_type"])
+    assert schedule["total_steps"] == steps
+    assert schedule["warmup_steps"] == math.ceil(expected["warmup_ratio"] * steps) == 1
+    assert run.calls["clip_grad_norm_"]["max_norm"] == expected["max_grad_norm"]
 
     checkpoint = run.folder / f"checkpoint-{steps}"
-    moment = load_file(checkpoint / STATE_TENSORS)["optimizer/state1"]
-    assert moment.dtype == (torch.uint8 if "8bit" in wanted["optim"] else torch.float32)
-    then = json.loads((checkpoint / STATE).read_text())["fingerprint"]
-    batch = wanted["per_device_train_batch_size"] * wanted["gradient_accumulation_steps"]
-    assert then["packs_per_step"] == batch
-    assert (then["pack_length"] is not None) == wanted["packing"]
-    assert then["group_by_length"] == wanted["group_by_length"]
+    moment = load_file(checkpoint / STATE_TENSORS)["optimizer/0.0/state1"]
+    assert moment.dtype == (torch.uint8 if "8bit" in expected["optim"] else torch.float32)
+    fingerprint = json.loads((checkpoint / STATE).read_text())["fingerprint"]
+    batch = expected["per_device_train_batch_size"] * expected["gradient_accumulation_steps"]
+    assert fingerprint["packs_per_step"] == batch
+    assert (fingerprint["pack_length"] is not None) == expected["packing"]
+    assert fingerprint["group_by_length"] == expected["group_by_length"]
 
 
 @pytest.mark.parametrize("system", ASKED)
-def test_the_losses_are_finite(system, trained):
+def test_all_logged_losses_are_finite(system, trained):
     lines = metrics(trained(system).folder)
     assert all(math.isfinite(line["loss"]) for line in lines if "eval_loss" not in line)
     evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
@@ -282,18 +273,18 @@ def test_the_losses_are_finite(system, trained):
     assert all(math.isfinite(loss) for loss in evaluated)
 
 
-def test_ten_steps_win_over_one_epoch_in_a(trained):
+def test_the_ten_steps_of_a_override_its_epoch(trained):
     (line,) = metrics(trained("A").folder)
     assert line["step"] == 10
     assert line["epoch"] == 5  # 36 rows: a step of 32 and one of 4
 
 
-def test_a_is_pushed_to_the_hub_and_no_other(trained):
-    assert trained("A").told["push"]["repo"] == "you/finetuning-llms"
-    assert "push" not in trained("D").told
+def test_only_the_adapter_of_a_is_pushed_to_the_hub(trained):
+    assert trained("A").calls["push"]["repo"] == "you/finetuning-llms"
+    assert "push" not in trained("D").calls
 
 
-def test_es_answers_are_scored_as_code(trained, base, data_of, tmp_path):
+def test_the_answers_of_e_are_scored_as_code(trained, base, data_of, tmp_path):
     (argv,) = [words[2:] for words in commands("E") if words[:2] == ["-m", "qlora.evaluate"]]
     asked = parse_args(EvaluateConfig, argv)
     assert asked.adapter == settings(trainings("E")[0])["output_dir"] and asked.model == ASKED["E"]["model"]
@@ -309,9 +300,9 @@ def test_es_answers_are_scored_as_code(trained, base, data_of, tmp_path):
 
 
 @pytest.mark.parametrize("system", [system for system in ASKED if questions(system)])
-def test_the_result_answers(system, trained, base, capsys, monkeypatch):
-    told = {}
-    monkeypatch.setattr(generate, "generate", telling(generate.generate, "generate", told))
+def test_the_adapter_answers_the_question_of_its_recipe(system, trained, base, capsys, monkeypatch):
+    calls = {}
+    monkeypatch.setattr(generate, "generate", recording(generate.generate, "generate", calls))
     (argv,) = questions(system)
     asked = parse_args(GenerateConfig, argv)
     assert asked.adapter == settings(trainings(system)[0])["output_dir"]
@@ -320,15 +311,15 @@ def test_the_result_answers(system, trained, base, capsys, monkeypatch):
     if system != "B":  # the tiny base has a context of 256 tokens
         changed += ["--max_new_tokens", "8"]
     capsys.readouterr()
-    generate.main(parse_for_adapter(GenerateConfig, [*argv, *changed]))
+    generate.main([*argv, *changed])
     assert capsys.readouterr().out.strip()
     if system == "B":
-        assert told["generate"]["options"]["max_new_tokens"] == 200
-        (prompt,) = told["generate"]["prompts"]
+        assert calls["generate"]["options"]["max_new_tokens"] == 200
+        (prompt,) = calls["generate"]["prompts"]
         assert load_tokenizer(base).decode(prompt) == "<s> [INST] What is a large language model? [/INST]"
 
 
-def test_the_data_report_of_e_draws_the_lengths(base, data_of, tmp_path, capsys):
+def test_the_data_report_of_e_plots_the_row_lengths(base, data_of, tmp_path, capsys):
     (argv,) = [words[1:] for words in commands("E") if "--data_report" in words]
     report, training = settings(argv), settings(trainings("E")[0])
     assert all(report[name] == training[name] for name in ("model", "dataset", "split", "max_length"))
@@ -339,7 +330,7 @@ def test_the_data_report_of_e_draws_the_lengths(base, data_of, tmp_path, capsys)
     assert (tmp_path / "data_report.png").exists()
 
 
-def test_the_loops_of_b_change_what_they_compare_and_nothing_else():
+def test_the_loops_of_b_vary_only_what_they_compare():
     plain, *others = map(settings, trainings("B"))
     sweep, schemes = others[:12], others[12:]
     assert len({run["output_dir"] for run in others}) == 16
@@ -352,7 +343,7 @@ def test_the_loops_of_b_change_what_they_compare_and_nothing_else():
 
 
 @pytest.mark.parametrize("system", ASKED)
-def test_the_stated_number_of_trained_parameters_is_that_of_llama_2_7b(system):
+def test_the_stated_numbers_of_trained_parameters_are_those_of_llama_2_7b(system):
     (stated,) = re.findall(r"([\d,]+)\strained\sparameters\s\(([\d.]+%)\)", sections()[system])
     asked = settings(trainings(system)[0])
     with torch.device("meta"):
@@ -366,7 +357,7 @@ def test_the_stated_number_of_trained_parameters_is_that_of_llama_2_7b(system):
     assert stated == (f"{trained:,}", f"{trained / total:.3%}")
 
 
-def test_the_table_of_b_has_the_parameters_of_every_run():
+def test_the_table_of_b_states_the_trained_parameters_of_every_run():
     table = re.findall(r"^\| (.+) \|$", sections()["B"], re.MULTILINE)
     (_, *ranks), *rows = (line.split(" | ") for line in table)
     stated = {
@@ -381,8 +372,3 @@ def test_the_table_of_b_has_the_parameters_of_every_run():
         )
         for run in runs
     }
-
-
-def test_every_named_file_exists():
-    for target in re.findall(r"\]\(([\w/.]+)(?:#\w+)?\)", RECIPES.read_text()):
-        assert (RECIPES.parent / target).exists(), target
