@@ -147,7 +147,7 @@ def _hub_rows(dataset: str, split: str, config_name: str | None, streaming: bool
     number = 0
     try:
         for number, row in enumerate(_load_from_hub(dataset, split, config_name, streaming), start=1):
-            yield f"{dataset} row {number}", row
+            yield f"{dataset} row {number}", _without_fillers(row)
     except InputError:
         raise
     except Exception as error:  # a stream can hit any network or parser error, of any type, at any row
@@ -219,9 +219,25 @@ def _read_parquet(path: Path) -> Iterator[LocatedRow]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", row
+                yield f"{path} row {number}", _without_fillers(row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as parquet: {first_line(error)}") from error
+
+
+def _without_fillers(row: dict) -> dict:
+    """A row of Arrow data without the nulls in its lists and objects.
+
+    All objects of a column have the same keys there: a message without a call has `tool_calls: null`.
+    """
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value):
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return value
 
 
 def _read_txt(path: Path) -> Iterator[LocatedRow]:

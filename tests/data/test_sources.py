@@ -327,3 +327,11 @@ def test_an_error_in_the_middle_of_a_stream_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
     with pytest.raises(InputError, match="someone/data cannot be read after row 1: the network is gone"):
         list(RowSource("someone/data", streaming=True))
+
+
+def test_objects_in_parquet_rows_have_only_the_keys_that_were_written(tmp_path):
+    """Arrow gives all messages of a column the same keys: a template would see `tool_calls: null`."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "b"}]}]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages, "id": None}]), path)
+    assert list(read_rows(str(path), "train")) == [(f"{path} row 1", {"messages": messages, "id": None})]
