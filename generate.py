@@ -28,12 +28,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def answer(config: GenerateConfig) -> None:
     """Answer what the flags ask for; raises InputError."""
-    tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code, config.chat_template)
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
     writer = PromptWriter(
         tokenizer,
-        row_format="text" if config.dataset_format == "auto" else config.dataset_format,
-        text_field=config.dataset_text_field,
+        config.formatting(),
         max_tokens=room_for_prompt(model_config, config.max_new_tokens, "max_new_tokens"),
     )
 

@@ -72,15 +72,16 @@ def evaluate(model, validation, samples, log, progress, keep_best, stop):
     return keep_best and progress.record_best(loss)
 
 
-def load_data(config: TrainConfig):
+def load_data(config: TrainConfig, today=None):
     """(tokenizer, the model's configuration, training rows, validation rows or None, stream or None)."""
-    tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
+    tokenizer = load_tokenizer(
+        config.model, config.adapter, config.trust_remote_code, config.chat_template, today
+    )
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
     return tokenizer, model_config, *load_rows(
         tokenizer, model_config, config.train_sources(), config.validation_sources(),
-        row_format=config.dataset_format, text_field=config.dataset_text_field,
-        completion_only_loss=config.completion_only_loss, max_length=config.max_length,
-        held_out=config.held_out, seed=config.seed, weights=config.dataset_weights,
+        formatting=config.formatting(), max_length=config.max_length, held_out=config.held_out,
+        seed=config.seed, weights=config.dataset_weights,
     )  # fmt: skip
 
 
@@ -133,11 +134,10 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     fingerprint = Fingerprint(checkpoint, flags, config.allow_changes, config.shape_flags)
 
     # Data before the model: a bad row should not cost the minutes that loading a model takes.
-    tokenizer, model_config, train_rows, validation_rows, stream = load_data(config)
+    tokenizer, model_config, train_rows, validation_rows, stream = load_data(config, fingerprint.today)
     fingerprint.add_data(tokenizer, train_rows)
     samples = read_samples(  # prompts to answer at every evaluation; None without --sample_prompts
-        config.sample_prompts, tokenizer, train_rows.row_format, config.dataset_text_field, model_config,
-        config.sample_max_new_tokens,
+        config.sample_prompts, tokenizer, train_rows.formatting, model_config, config.sample_max_new_tokens
     )  # fmt: skip
     report = data_report(train_rows, validation_rows, batch_size, accumulation, config.seed)
     print(start_screen.describe_data(config.dataset, train_rows, validation_rows, report, stream is not None))

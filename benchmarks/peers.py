@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.cases import CASES, TARGETS, WARM_UP, Case
 from qlora.data.formats import detect_format, row_segments
+from qlora.data.formatting import Formatting
 from qlora.data.sources import RowSource
 
 
@@ -90,9 +91,9 @@ class CountingCollator:
 def real_texts(tokenizer) -> list[str]:
     """The rows of REAL, written as in train.py."""
     rows = [row for _, row in RowSource(real, "train", None)]
-    row_format = detect_format(rows[:100], "text")
+    formatting = Formatting(detect_format(rows[:100], "text"))
     return [
-        "".join(text for text, _ in row_segments(row, row_format, "text", tokenizer)) + tokenizer.eos_token
+        "".join(text for text, _ in row_segments(row, formatting, tokenizer)[0]) + tokenizer.eos_token
         for row in rows
     ]
 

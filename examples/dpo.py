@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from qlora.config import ComputeType, TrainConfig
 from qlora.data.batch import BatchShape, micro_batches, to_device
+from qlora.data.formatting import Formatting
 from qlora.data.order import StepOrder
 from qlora.data.sources import read_rows
 from qlora.data.tokenize import tokenize_window
@@ -103,9 +104,7 @@ def load_pairs(config: DpoConfig, tokenizer):
         for where, row in read_rows(config.dataset, "train")
         for answer in ("chosen", "rejected")
     ]
-    rows = tokenize_window(
-        located_rows, tokenizer, row_format="prompt_completion", text_field="text", completion_only_loss=True
-    ).cut(config.max_length)
+    rows = tokenize_window(located_rows, tokenizer, Formatting("prompt_completion")).cut(config.max_length)
     # Row 2n of the table is the chosen answer of pair n. A pair is dropped with either of its answers.
     row_of = {index: row for row, index in enumerate(rows.indices.tolist())}
     numbers = range(len(located_rows) // 2)

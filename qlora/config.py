@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from qlora.data.formatting import Formatting
 from qlora.data.sources import RowSource, parse_split
 from qlora.errors import InputError
 from qlora.flags import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, SEED, Flags, Limit, flag, flag_names
@@ -133,6 +134,24 @@ class TrainConfig(Flags):
         "Compute the loss on answers only, where the format tells them from prompts. In QLoRA this beat "
         "training on prompts and answers (arXiv 2305.14314, table 10).",
         kept_as="completion_only_loss",
+    )
+    train_on: Literal["all", "last"] = flag(
+        "all",
+        "Of a row of messages, train every turn of the assistant or only the last one. A message with "
+        "'weight': 0 or 'train': false is never trained.",
+        kept_as="train_on",
+    )
+    chat_template: str | None = flag(
+        None,
+        "File with a chat template (Jinja) that replaces the tokenizer's own, for rows of messages. It is "
+        "saved with the adapter.",
+        resume="free", compares=("tokenizer",), on_card=False,
+    )
+    split_special_tokens: bool | None = flag(
+        None,
+        "Tokenize a special token that a row spells, such as </s> in an answer, as plain text. Default: on, "
+        "except for text columns, whose rows bring their own special tokens.",
+        kept_as="split_special_tokens",
     )
     max_length: str = flag(
         "512",
@@ -469,6 +488,13 @@ class TrainConfig(Flags):
         """The hub repository that the adapter goes to, if it is uploaded."""
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
+    def formatting(self) -> Formatting:
+        """How --dataset's rows become text."""
+        return Formatting(
+            self.dataset_format, self.dataset_text_field, self.completion_only_loss, self.train_on,
+            self.split_special_tokens,
+        )  # fmt: skip
+
     def train_sources(self) -> list[RowSource]:
         """The sources that --dataset names."""
         return [
@@ -518,6 +544,9 @@ class AdapterFlags(Flags):
         False, "Let the model repository run its own Python code. Off for safety.",
         for_quantization=True,
     )
+    chat_template: str | None = flag(
+        None, "File with a chat template (Jinja) that replaces the one saved with the adapter or the base.",
+    )
     allow_other_base: bool = flag(
         False, "Run even if the adapter seems to have been trained on another base than --model.",
     )
@@ -550,6 +579,9 @@ class GenerateConfig(AdapterFlags):
     )
     dataset_text_field: str = flag(
         "text", "Column of the text in the rows of --prompts_file. Default: as in the training, if known.",
+    )
+    split_special_tokens: bool | None = flag(
+        None, "Tokenize a special token that a prompt spells as plain text. Default: as in the training.",
     )
 
     # Sampling, with Hugging Face's names
@@ -589,6 +621,13 @@ class GenerateConfig(AdapterFlags):
         if self.prompt is not None and self.prompts_file:
             raise ValueError("--prompt and --prompts_file exclude each other")
 
+    def formatting(self) -> Formatting:
+        """How a prompt becomes text."""
+        row_format = "text" if self.dataset_format == "auto" else self.dataset_format
+        return Formatting(
+            row_format, self.dataset_text_field, split_special_tokens=self.split_special_tokens
+        )
+
 
 @dataclass
 class EvaluateConfig(AdapterFlags):
@@ -614,10 +653,16 @@ class EvaluateConfig(AdapterFlags):
         limit=SEED, needs="--validation_split",
     )
     dataset_format: RowFormat = flag(
-        "auto", "Row format. For this and the next three, the adapter's training sets the default.",
+        "auto", "Row format. For this and the next five, the adapter's training sets the default.",
     )
     dataset_text_field: str = flag("text", "Column that holds the text, for rows of text.")
     completion_only_loss: bool = flag(True, "Compute the loss on answers only.")
+    train_on: Literal["all", "last"] = flag(
+        "all", "Of a row of messages, compute the loss on every turn of the assistant or only on the last.",
+    )
+    split_special_tokens: bool | None = flag(
+        None, "Tokenize a special token that a row spells as plain text. Default: except in text columns.",
+    )
     max_length: str = flag("max", "Longest row in tokens: a number, a percentile (p90), or max.")
     per_device_eval_batch_size: int = flag(8, "Rows in one forward pass.", limit=AT_LEAST_1)
     general_dataset: str | None = flag(
@@ -690,6 +735,13 @@ class EvaluateConfig(AdapterFlags):
                 raise ValueError(f"--{name} cannot be used with --quantization")
         super().check_given(given)
 
+    def formatting(self) -> Formatting:
+        """How the rows of --dataset and --prompts_file become text."""
+        return Formatting(
+            self.dataset_format, self.dataset_text_field, self.completion_only_loss, self.train_on,
+            self.split_special_tokens,
+        )  # fmt: skip
+
     @property
     def held_out(self) -> float | None:
         """--validation_split as an amount: below 1 a share, else rows."""
@@ -734,6 +786,11 @@ class MergeConfig(AdapterFlags):
         _check_split("split", self.split)
         if not self.adapter:
             raise ValueError("--adapter is missing: what is to be merged into --model?")
+
+
+    def formatting(self) -> Formatting:
+        """How the rows of --dataset become text."""
+        return Formatting(self.dataset_format, self.dataset_text_field, completion_only_loss=False)
 
 
 # fmt: on

@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from qlora.commands import choose_device, load_base_for, parse_for_adapter
 from qlora.config import EvaluateConfig
-from qlora.data.formats import DropRow, row_segments
+from qlora.data.formats import row_segments
+from qlora.data.formatting import Formatting
 from qlora.data.prepare import choose_max_length, cut_rows, tokenize_source
+from qlora.data.segments import DropRow, without_marks
 from qlora.data.sources import RowSource, read_rows
 from qlora.data.tokenize import SAMPLE_ROWS, checked_format
 from qlora.data.tokenized import TokenizedRows, hold_out
@@ -84,7 +86,7 @@ def save(report: dict, output_file: Path) -> None:
 def evaluate(config: EvaluateConfig) -> dict:
     """All results for JSON: {"base": {name: value}, "tuned": ..., "answers": [...]}. Raises InputError."""
     # Rows and prompts before the model: an invalid row should not cost the minutes that loading takes.
-    tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code, config.chat_template)
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
     rows = {}
     if config.dataset:
@@ -121,10 +123,7 @@ def evaluate(config: EvaluateConfig) -> dict:
 def dataset_rows(config: EvaluateConfig, tokenizer, model_config) -> TokenizedRows:
     """The rows of --dataset, or only those that the training held out."""
     source = RowSource(config.dataset, config.split, config.dataset_config)
-    rows = tokenize_source(
-        tokenizer, config.dataset_format, source, text_field=config.dataset_text_field,
-        completion_only_loss=config.completion_only_loss,
-    )  # fmt: skip
+    rows = tokenize_source(tokenizer, config.formatting(), source)
     rows = truncate(rows, config.max_length, model_config)
     return hold_out(rows, config.held_out, config.validation_seed)[1] if config.held_out else rows
 
@@ -132,8 +131,8 @@ def dataset_rows(config: EvaluateConfig, tokenizer, model_config) -> TokenizedRo
 def general_rows(config: EvaluateConfig, tokenizer, model_config) -> TokenizedRows:
     """The rows of --general_dataset, as plain text."""
     source = RowSource(config.general_dataset, config.general_split, config.general_dataset_config)
-    text_field = config.general_text_field
-    rows = tokenize_source(tokenizer, "text", source, text_field=text_field, completion_only_loss=False)
+    formatting = Formatting("text", config.general_text_field, completion_only_loss=False)
+    rows = tokenize_source(tokenizer, formatting, source)
     return truncate(rows, config.max_length, model_config)
 
 
@@ -144,23 +143,23 @@ def truncate(rows: TokenizedRows, max_length: str, model_config) -> TokenizedRow
 
 def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> list[Task]:
     """The rows of --prompts_file; raises InputError if one has no reference answer."""
-    row_format, text_field = config.dataset_format, config.dataset_text_field
-    if row_format == "auto":
+    formatting = config.formatting()
+    if formatting.row_format == "auto":
         sample = [row for _, row in islice(read_rows(config.prompts_file, config.prompts_split), SAMPLE_ROWS)]
-        row_format = checked_format(sample, row_format, text_field, config.prompts_file)
-    if row_format == "text":
+        formatting = checked_format(sample, formatting, config.prompts_file)
+    if formatting.row_format == "text":
         raise InputError(
             f"--prompts_file {config.prompts_file}: rows of plain text have no reference answers"
         )
     room = room_for_prompt(model_config, config.max_new_tokens, "max_new_tokens")
-    writer = PromptWriter(tokenizer, row_format, text_field, max_tokens=room)
+    writer = PromptWriter(tokenizer, formatting, max_tokens=room)
     tasks = []
     for where, row, ids in read_prompts(config.prompts_file, writer, config.prompts_split):
         try:
-            reference, _ = row_segments(row, row_format, text_field, tokenizer)[-1]
+            segments, _ = row_segments(row, formatting, tokenizer)
         except DropRow as reason:
             raise InputError(f"{where} has no reference answer: {reason}") from reason
-        reference = reference.replace(tokenizer.eos_token, "").strip()
+        reference = without_marks(segments[-1][0]).replace(tokenizer.eos_token, "").strip()
         tasks.append(Task(tokenizer.decode(ids, skip_special_tokens=True), ids, reference))
     if not tasks:
         raise InputError(f"--prompts_file {config.prompts_file} has no rows")

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -125,15 +126,14 @@ def free_memory() -> None:
 
 def sample_rows(config: MergeConfig, tokenizer, model_config) -> list[torch.Tensor]:
     """Token ids (1, n) of the rows to compare on, MAX_TOKENS in all."""
-    settings = {"text_field": config.dataset_text_field, "completion_only_loss": False}
+    formatting = config.formatting()
     if config.dataset:
-        source = RowSource(config.dataset, config.split)
-        rows = tokenize_source(tokenizer, config.dataset_format, source, **settings)
+        rows = tokenize_source(tokenizer, formatting, RowSource(config.dataset, config.split))
     else:
         located_rows = [
             (f"text {number}", {config.dataset_text_field: text}) for number, text in enumerate(SAMPLE_TEXTS)
         ]
-        rows = tokenize_window(located_rows, tokenizer, row_format="text", **settings)
+        rows = tokenize_window(located_rows, tokenizer, replace(formatting, row_format="text"))
     context = getattr(model_config, "max_position_embeddings", None) or 512
     rows = cut_rows(rows, min(512, context), model_config.vocab_size)
     sample, room = [], MAX_TOKENS

@@ -16,14 +16,10 @@ import generate as script
 import train
 from qlora.commands import parse_for_adapter
 from qlora.config import KEPT_SETTINGS, GenerateConfig, TrainConfig
-from qlora.data.formats import (
-    FALLBACK_CHAT_TEMPLATE,
-    chat_segments,
-    encode,
-    prompt_segments,
-    row_segments,
-    starts_with_bos,
-)
+from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
+from qlora.data.formats import chat_segments, prompt_segments, row_segments, starts_with_bos
+from qlora.data.formatting import Formatting
+from qlora.data.segments import encode
 from qlora.errors import InputError
 from qlora.flags import parse_args
 from qlora.model.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter, load_adapter
@@ -36,7 +32,7 @@ FP32 = partial(torch.autocast, "cpu", enabled=False)
 
 
 def prompt_ids(tokenizer, row) -> list[int]:
-    segments = prompt_segments(row, "prompt_completion", "text", tokenizer)
+    segments = prompt_segments(row, Formatting("prompt_completion"), tokenizer)
     return encode(segments, starts_with_bos("prompt_completion", tokenizer), tokenizer)[0]
 
 
@@ -97,8 +93,10 @@ def test_a_question_is_written_as_in_training(row_format, row, tokenizer):
     if row_format == "messages":
         tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
     adds_bos = starts_with_bos(row_format, tokenizer)
-    trained, labels = encode(row_segments(row, row_format, "text", tokenizer), adds_bos, tokenizer)
-    question = chat_segments([{"role": "user", "content": "What is red?"}], row_format, tokenizer)
+    formatting = Formatting(row_format)
+    segments, _ = row_segments(row, formatting, tokenizer)
+    trained, labels = encode(segments, adds_bos, tokenizer)
+    question = chat_segments([{"role": "user", "content": "What is red?"}], formatting, tokenizer)
     prompt, _ = encode(question, adds_bos, tokenizer)
     assert trained[: len(prompt)] == prompt
     assert labels[len(prompt)] != -100 and set(labels[: len(prompt)]) == {-100}
@@ -107,11 +105,13 @@ def test_a_question_is_written_as_in_training(row_format, row, tokenizer):
 def test_in_a_plain_text_chat_later_questions_get_a_line_of_their_own(tokenizer):
     messages = [{"role": "user", "content": "What is red?"}, {"role": "assistant", "content": " A leaf."}]
     messages.append({"role": "user", "content": "What is blue?"})
-    assert chat_segments(messages, "text", tokenizer) == [("What is red? A leaf.\nWhat is blue?", True)]
+    assert chat_segments(messages, Formatting("text"), tokenizer) == [
+        ("What is red? A leaf.\nWhat is blue?", True)
+    ]
 
 
 def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(tokenizer):
-    writer = PromptWriter(tokenizer, "text", "text", max_tokens=4)
+    writer = PromptWriter(tokenizer, Formatting("text"), max_tokens=4)
     assert len(writer.row({"text": "What"}, "row 1")) <= 4
     with pytest.raises(InputError, match=r"row 2 has .* tokens"):
         writer.row({"text": "What does a red leaf look like?"}, "row 2")
@@ -319,14 +319,14 @@ def test_the_chat_continues_after_an_interruption_and_after_too_long_a_question(
             raise KeyboardInterrupt
         return [" an answer"]
 
-    script.chat(PromptWriter(tokenizer, "guanaco", "text", max_tokens=120), reply, seed=0)
+    script.chat(PromptWriter(tokenizer, Formatting("guanaco"), max_tokens=120), reply, seed=0)
     assert len(asked) == 3 and "first" in asked[2] and "an answer" in asked[2] and "second" not in asked[2]
     assert "stopped" in (printed := capsys.readouterr().out) and "the prompt has" in printed
 
 
 def test_the_chat_tells_if_its_format_has_no_history(tokenizer, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _: "")
-    script.chat(PromptWriter(tokenizer, "alpaca", "text", max_tokens=120), None, seed=0)
+    script.chat(PromptWriter(tokenizer, Formatting("alpaca"), max_tokens=120), None, seed=0)
     assert "stands alone" in capsys.readouterr().out
 
 

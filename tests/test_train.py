@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import date
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import qlora.model.base
 import train
 from qlora.data.sources import read_rows
 from qlora.data.tokenize import tokenize_rows
@@ -21,9 +24,11 @@ from qlora.evaluation.validation import Validation, eval_batches
 from qlora.model.adapter import ADAPTER, add_adapter
 from qlora.model.base import load_base, load_tokenizer, trainable_weights
 from qlora.model.generation import generate
+from qlora.run import fingerprint
 from qlora.run.checkpoint import STATE, STATE_TENSORS
 from qlora.run.log import RunLog
 from tests.conftest import ROOT, ROWS
+from tests.data.chat_templates import use_template
 from tests.results import adapter, assert_same, metrics
 from tests.run.faults import interrupt, out_of_memory
 
@@ -162,6 +167,28 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run, flags):
     for line in (*want_metrics, *(resumed := metrics(folder))):
         del line["tokens_per_s"], line["data_wait"]
     assert resumed == want_metrics
+
+
+def test_a_chat_template_with_a_date_does_not_break_a_resume_after_midnight(run, base, tmp_path, monkeypatch):
+    model = shutil.copytree(base, tmp_path / "dated")
+    tokenizer = load_tokenizer(base)
+    use_template(tokenizer, "Llama 3.2")
+    tokenizer.save_pretrained(model)
+    rows = tmp_path / "chats.jsonl"
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{n}"}] for n in range(8)]
+    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    flags = "--max_steps 2 --save_steps 1 --max_length 200"
+    run(flags, model=str(model), dataset=str(rows))
+    folder = tmp_path / "out"
+    want = adapter(folder)
+    shutil.rmtree(folder / "checkpoint-2")
+    later = SimpleNamespace(today=lambda: date(2099, 1, 1), fromisoformat=date.fromisoformat)
+    for module in (fingerprint, qlora.model.base):
+        monkeypatch.setattr(module, "date", later)
+    run(flags, "--resume_from_checkpoint latest", model=str(model), dataset=str(rows))
+    assert_same(adapter(folder), want)
+    asked = load_tokenizer(str(model), str(folder)).apply_chat_template(chats[0], tokenize=False)
+    assert date.today().strftime("Today Date: %d %b %Y") in asked
 
 
 ONE_GROUP = 'groups = [{"params": trainable, "lr_multiple": 1.0, "weight_decay": config.weight_decay}]'

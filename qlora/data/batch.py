@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora.data.formats import IGNORE_INDEX
+from qlora.data.segments import IGNORE_INDEX
 from qlora.data.tokenized import TokenizedRows
 
 PAD_MULTIPLE = 8  # tensor cores like dimensions that are multiples of 8

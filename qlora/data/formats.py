@@ -1,14 +1,17 @@
-"""Row formats: from a row of data, or a chat, to segments of text marked as trained or not, and to token ids.
+"""Row formats: from a row of data, or a chat, to segments of text, each trained or not.
 
-Training and generation share these functions, so a prompt is always written, split and tokenized the way the
-adapter saw it in training.
+Training and generation share these functions, so a prompt is always written and split the way the adapter saw
+it in training.
 """
 
+import json
 import re
+from collections import Counter
 
-IGNORE_INDEX = -100  # label of a token left out of the loss: cross_entropy's default ignore_index
-
-Segment = tuple[str, bool]  # (text, whether it is trained)
+from qlora.data.chat import Chat, mark_chat, read_chat
+from qlora.data.chat_template import template_segments
+from qlora.data.formatting import Formatting
+from qlora.data.segments import DropRow, Segment, adds_bos_itself, mark_special_tokens, spells_special_tokens
 
 ALPACA_INTRO = "Below is an instruction that describes a task. "
 ALPACA_INTRO_WITH_INPUT = (
@@ -19,24 +22,19 @@ ALPACA_REQUEST = "Write a response that appropriately completes the request.\n\n
 GUANACO_ANSWER = re.compile(r"### Assistant:(.*?)(?=### Human:|\Z)", re.DOTALL)
 LLAMA2_ANSWER = re.compile(r"\[/INST\](.*?)(?:</s>|(?=<s>|\[INST\]|\Z))", re.DOTALL)
 
-# For message rows if the tokenizer has no chat template, as with base models such as Llama-2-7b-hf.
-FALLBACK_CHAT_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}### Assistant: {{ message['content'] }}{{ eos_token }}\n"
-    "{% elif message['role'] == 'system' %}### System: {{ message['content'] }}\n"
-    "{% elif message['role'] == 'user' %}### Human: {{ message['content'] }}\n"
-    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}### Assistant:{% endif %}"
-)
-# Names that datasets use for the two sides of a chat. Other roles, such as tool, are kept as they are.
-ROLES = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "bot": "assistant",
-}  # fmt: skip
-
-
-class DropRow(Exception):
-    """This row cannot be trained on. The message is the reason it is counted under."""
+# One turn as these two formats write it; the groups are what stands around question and answer.
+TURNS = {
+    "guanaco": re.compile(
+        r"()### Human:(\s*)\S.*?(\s*)### Assistant:(\s*)\S.*?(\s*)(?=(### Human:)|\Z)", re.DOTALL
+    ),
+    "llama2": re.compile(
+        r"((?:<s>\s*)?)\[INST\](\s*)\S.*?(\s*)\[/INST\](\s*)\S.*?(\s*(?:</s>\s*)?)(?=((?:<s>\s*)?\[INST\])|\Z)",
+        re.DOTALL,
+    ),
+}
+USUAL = {"guanaco": ("", " ", "", " ", ""), "llama2": ("<s>", " ", " ", " ", " </s>")}
+MARKERS = {"guanaco": ("### Human:", "### Assistant:"), "llama2": ("[INST]", "[/INST]")}
+OF_TEXT_ROWS = "{# asks as the rows of text did that the adapter was trained on #}"  # begins turn_template()
 
 
 def detect_format(rows: list[dict], text_field: str) -> str | None:
@@ -73,130 +71,133 @@ def required_columns(row_format: str, text_field: str) -> set[str]:
     }.get(row_format, {text_field})
 
 
-def row_segments(row: dict, row_format: str, text_field: str, tokenizer) -> list[Segment]:
-    """Split a training row into segments, the last of them trained. Raises DropRow with the reason."""
+def row_segments(row: dict, formatting: Formatting, tokenizer) -> tuple[list[Segment], list[str]]:
+    """(segments, notes) of a training row, the last segment trained. Raises DropRow with the reason.
+
+    Notes say what of the row is not trained as a reader of the data might expect.
+    """
+    row_format, notes = formatting.row_format, _unread_columns(row, formatting)
     if row_format == "messages":
-        messages = _messages(row)
-        while messages and messages[-1]["role"] != "assistant":  # a last question without an answer
-            messages.pop()
-        segments = _template_segments(messages, tokenizer)
+        chat = read_chat(row)
+        if not chat.turns:
+            raise DropRow("no response")
+        if chat.is_question:
+            notes.append("the messages behind the last answer are left out")
+            chat = chat.until(chat.turns[-1] + 1)
+        segments, chat_notes = _written_chat(chat, formatting, tokenizer)
+        notes += chat_notes
     elif row_format == "alpaca":
+        row = _content(row, ("instruction", "input", "output"), formatting, tokenizer)
         segments = [(_alpaca_prompt(row), False), (_text(row, "output"), True)]
     elif row_format == "prompt_completion":
+        row = _content(row, ("prompt", "completion"), formatting, tokenizer)
         segments = [(_text(row, "prompt"), False), (_text(row, "completion"), True)]
     else:
-        segments = _text_segments(_text(row, text_field), row_format, tokenizer)
+        row = _content(row, (formatting.text_field,), formatting, tokenizer)
+        segments = _text_segments(_text(row, formatting.text_field), row_format, tokenizer)
     while segments and not segments[-1][1]:
         segments.pop()
     if not segments:
-        raise DropRow("no response")
+        raise DropRow(next((note for note in notes if "not trained" in note), "no response"))
     answers = [text for text, is_trained in segments if is_trained]
     if not all(answer.replace(tokenizer.eos_token, "").strip() for answer in answers):
         raise DropRow("empty response")
-    return segments
+    if spells_special_tokens(segments):
+        notes.append("its text spells special tokens, which are taken as plain text")
+    return segments, notes
 
 
-def prompt_segments(row: dict, row_format: str, text_field: str, tokenizer) -> list[Segment]:
+def prompt_segments(row: dict, formatting: Formatting, tokenizer) -> list[Segment]:
     """The prompt of a row: the row without its last answer, if it has one. Raises DropRow.
 
     A row with only a `prompt` column is a question from the user, and written as `chat_segments` does.
     """
+    row_format, text_field = formatting.row_format, formatting.text_field
     if required_columns(row_format, text_field).isdisjoint(row) and "prompt" in row:
-        return chat_segments([{"role": "user", "content": _text(row, "prompt")}], row_format, tokenizer)
+        return chat_segments([{"role": "user", "content": _text(row, "prompt")}], formatting, tokenizer)
     if row_format == "messages":
-        messages = _messages(row)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        return chat_segments(messages, row_format, tokenizer)
+        chat = read_chat(row)
+        length = len(chat.messages)
+        while length and chat.messages[length - 1]["role"] == "assistant":
+            length -= 1
+        return _question(chat.until(length), formatting, tokenizer)
     if row_format == "alpaca":
-        return [(_alpaca_prompt(row), False)]
+        return [(_alpaca_prompt(_content(row, ("instruction", "input"), formatting, tokenizer)), False)]
     if row_format == "prompt_completion":
-        return [(_text(row, "prompt"), False)]
+        return [(_text(_content(row, ("prompt",), formatting, tokenizer), "prompt"), False)]
+    row = _content(row, (text_field,), formatting, tokenizer)
     segments = _text_segments(_text(row, text_field), row_format, tokenizer)
     return segments[:-1] if len(segments) > 1 and segments[-1][1] else segments
 
 
-def chat_segments(messages: list[dict], row_format: str, tokenizer) -> list[Segment]:
+def chat_segments(messages: list[dict], formatting: Formatting, tokenizer) -> list[Segment]:
     """Write a chat as the prompt for its next answer; `messages` are {"role", "content"}, the user's last.
 
-    alpaca and prompt_completion have no history: only the last message counts. In plain text each question
-    after the first starts a new line. Raises DropRow.
+    alpaca and prompt_completion have no history: only the last message counts. guanaco and llama2 are spelled
+    as in the training, if the tokenizer comes from one. In plain text each question after the first starts a
+    new line. Raises DropRow.
     """
+    row_format = formatting.row_format
+    if row_format == "messages":
+        return _question(Chat(messages), formatting, tokenizer)
     if not messages or messages[-1]["role"] == "assistant":
         raise DropRow("no question")
-    if row_format == "messages":
-        return _template_segments(messages, tokenizer)
-    if row_format == "alpaca":
-        return [(_alpaca_prompt({"instruction": messages[-1]["content"]}), False)]
-    if row_format == "prompt_completion":
-        return [(messages[-1]["content"], False)]
-    if row_format == "guanaco":
-        written = {"user": "### Human: {}### Assistant:", "assistant": " {}"}
-    elif row_format == "llama2":
-        written = {"user": "<s>[INST] {} [/INST]", "assistant": " {} </s>"}
+    if row_format in ("alpaca", "prompt_completion"):
+        column = "instruction" if row_format == "alpaca" else "prompt"
+        row = {column: messages[-1]["content"]}
+        return prompt_segments(row, formatting, tokenizer)
+    if row_format in MARKERS:
+        template = str(tokenizer.chat_template)
+        if not template.startswith(OF_TEXT_ROWS):
+            template = turn_template([], row_format, tokenizer)
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
     else:
         written = {"user": "\n{}", "assistant": "{}"}
-    text = "".join(written[message["role"]].format(message["content"]) for message in messages)
-    text = text.removeprefix("\n")
+        text = "".join(written[message["role"]].format(message["content"]) for message in messages)
+        text = text.removeprefix("\n")
     return _text_segments(text, row_format, tokenizer)
 
 
-def encode(segments: list[Segment], adds_bos: bool, tokenizer) -> tuple[list[int], list[int]]:
-    """Tokenize segments into (input_ids, labels) of equal length, with one leading BOS or none.
+def turn_template(texts: list[str], row_format: str, tokenizer) -> str:
+    """A chat template that writes turns as these texts, rows of guanaco or llama2, do most of the time.
 
-    There is a BOS if `adds_bos`, or if the text itself starts with one; never two. A segment's ids do not
-    depend on what follows it: a prompt has the same ids with and without its answer, so generation starts
-    from exactly what was trained. Labels are the ids, and IGNORE_INDEX where not trained.
+    Rows are trained as they are, whether they say "### Human: Why?" or "### Human:\\nWhy?\\n", so that a
+    question must be asked in the same way.
     """
-    input_ids, labels = [], []
-    (first, is_first_trained), *others = segments
-    while tokenizer.bos_token and first.lstrip().startswith(tokenizer.bos_token):
-        first, adds_bos = first.lstrip().removeprefix(tokenizer.bos_token), True
-    if adds_bos:
-        input_ids.append(tokenizer.bos_token_id)
-        labels.append(IGNORE_INDEX)
-    held_spaces = ""  # from the end of the segment before
-    previous, previous_ids = "", None  # text of the last segment with any; its ids if tokenized alone
-    for text, is_trained in [(first, is_first_trained), *others]:
-        text = held_spaces + text
-        # Tokenizers join a space with the word after it, so a prompt's trailing spaces belong to the answer.
-        held_spaces = "" if is_trained else text[len(text.rstrip(" ")) :]
-        text = text.removesuffix(held_spaces)
-        ids = _continuation_ids(previous, previous_ids, text, tokenizer)
-        input_ids += ids
-        labels += ids if is_trained else [IGNORE_INDEX] * len(ids)
-        if text:
-            previous, previous_ids = text, None if previous else ids
-    return input_ids, labels
+    turns = [turn.groups() for text in texts for turn in TURNS[row_format].finditer(text)]
+    before, before_question, behind_question, before_answer, behind_answer = USUAL[row_format]
+    if turns:
+        columns = list(zip(*turns))
+        before, before_question, behind_question, before_answer = (
+            Counter(column).most_common(1)[0][0] for column in columns[:4]
+        )
+        followed = [turn[4] for turn in turns if turn[5]]
+        behind_answer = behind_question if row_format == "guanaco" else behind_answer
+        if followed:
+            behind_answer = Counter(followed).most_common(1)[0][0]
+    question, answer = MARKERS[row_format]
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+    begins = bos if adds_bos_itself(tokenizer) and not before.startswith("<s>") else ""
+    before, behind_answer = before.replace("<s>", bos), behind_answer.replace("</s>", eos)
+    return (
+        f"{OF_TEXT_ROWS}{{{{ {json.dumps(begins)} }}}}{{% for message in messages %}}"
+        "{% if message['role'] == 'user' %}"
+        f"{{{{ {json.dumps(before + question + before_question)} + message['content'] + "
+        f"{json.dumps(behind_question + answer)} }}}}"
+        "{% elif message['role'] == 'assistant' %}"
+        f"{{{{ {json.dumps(before_answer)} + message['content'] + {json.dumps(behind_answer)} }}}}"
+        "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{% endfor %}"
+    )
 
 
 def starts_with_bos(row_format: str, tokenizer) -> bool:
     """Whether rows of this format get a BOS that is not in their text.
 
-    A chat template writes its own BOS, or wants none. Other rows get one if the tokenizer adds one by itself,
-    as Llama's does; Qwen's and GPT-2's do not.
+    A chat template writes its own BOS, or wants none. Other rows get one if the tokenizer adds one by itself.
     """
-    if row_format == "messages" or tokenizer.bos_token_id is None:
-        return False
-    return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-
-
-def _continuation_ids(previous: str, previous_ids: list[int] | None, text: str, tokenizer) -> list[int]:
-    """Ids of `text` as it stands after `previous`, whose own ids must not change.
-
-    Tokenized alone, a text may start differently: Llama 2's tokenizer puts a space in front of it. If the end
-    of `previous` and the start of `text` would merge into one token, it is tokenized as after a newline.
-    """
-    for context, context_ids in ((previous, previous_ids), ("\n", None)) if previous else ():
-        context_ids = context_ids or _ids(context, tokenizer)
-        joined_ids = _ids(context + text, tokenizer)
-        if joined_ids[: len(context_ids)] == context_ids:
-            return joined_ids[len(context_ids) :]
-    return _ids(text, tokenizer)
-
-
-def _ids(text: str, tokenizer) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return row_format != "messages" and adds_bos_itself(tokenizer)
 
 
 def _alpaca_prompt(row: dict) -> str:
@@ -229,59 +230,46 @@ def _text_segments(text: str, row_format: str, tokenizer) -> list[Segment]:
     return [(text, is_trained) for text, is_trained in segments if text]
 
 
-def _messages(row: dict) -> list[dict]:
-    """{"role", "content"} messages from a `messages` column, or from ShareGPT's `conversations`."""
-    column = "messages" if "messages" in row else "conversations"
-    turns = row.get(column)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DropRow(f"'{column}' is not a list of messages")
-    messages = []
-    for turn in turns:
-        role = turn.get("role") or turn.get("from")
-        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise DropRow(f"a message in '{column}' has no text or no role")
-        messages.append({"role": ROLES.get(role, role), "content": content})
-    return messages
+def _question(chat: Chat, formatting: Formatting, tokenizer) -> list[Segment]:
+    if not chat.is_question:
+        raise DropRow("no question")
+    return _written_chat(chat, formatting, tokenizer)[0]
 
 
-def _template_segments(messages: list[dict], tokenizer) -> list[Segment]:
-    """Render messages with the tokenizer's chat template; every assistant message is trained.
-
-    Each answer is found by rendering the chat before it, with the generation prompt, and the chat up to it.
-    A template may write earlier messages differently once more follow (those that strip reasoning do): then
-    only the last answer is trained, in the form that generation will see. A chat that ends with the user's
-    message closes with the generation prompt.
-    """
-    segments, rendered = [], ""
-    for position, message in enumerate(messages):
-        is_answer, is_last = message["role"] == "assistant", position == len(messages) - 1
-        if not is_answer and not is_last:
-            continue
-        prompt_messages = messages[:position] if is_answer else messages
-        prompt = _render(prompt_messages, tokenizer, add_generation_prompt=True)
-        if not prompt.startswith(rendered):  # the template has rewritten what was rendered so far
-            segments, rendered = [], ""
-        segments.append((prompt[len(rendered) :], False))
-        if is_answer:
+def _written_chat(chat: Chat, formatting: Formatting, tokenizer) -> tuple[list[Segment], list[str]]:
+    for message in chat.messages:
+        if message["role"] == "assistant" and message.keys() == {"role", "content"}:
             if not message["content"].strip():
                 raise DropRow("empty response")
-            rendered = _render(messages[: position + 1], tokenizer, add_generation_prompt=False)
-            if not rendered.startswith(prompt):
-                raise DropRow("the chat template does not start an answer with its own generation prompt")
-            if rendered.rstrip().endswith(tokenizer.eos_token):
-                rendered = rendered.rstrip()  # whitespace after EOS is not part of the answer
-            segments.append((rendered[len(prompt) :], True))
-    return segments
+    if formatting.takes_special_tokens_as_text:
+        chat = mark_chat(chat, tokenizer)
+    return template_segments(chat, tokenizer, formatting.train_on)
 
 
-def _render(messages: list[dict], tokenizer, add_generation_prompt: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # templates are code: any type, for any role they reject
-        raise DropRow(f"the chat template refuses it: {error}") from error
+def _unread_columns(row: dict, formatting: Formatting) -> list[str]:
+    optional = {"messages": {"tools", "system"}, "alpaca": {"input"}}.get(formatting.row_format, set())
+    read = required_columns(formatting.row_format, formatting.text_field) | optional
+    return [f"column '{name}' is not read" for name, value in row.items() if name not in read and value]
+
+
+def _content(row: dict, columns: tuple[str, ...], formatting: Formatting, tokenizer) -> dict:
+    """The row with the special tokens in these columns marked as plain text, if they are to be taken so.
+
+    Not so a BOS at the start of a prompt and an EOS at the end of an answer: those are meant.
+    """
+    if not formatting.takes_special_tokens_as_text:
+        return row
+    marked = {}
+    for name in columns:
+        if not isinstance(text := row.get(name), str):
+            continue
+        start, end = "", ""
+        if name == "prompt" and tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token):
+            start, text = tokenizer.bos_token, text.lstrip().removeprefix(tokenizer.bos_token)
+        if name in ("completion", "output") and text.rstrip().endswith(tokenizer.eos_token):
+            text, end = text.rstrip().removesuffix(tokenizer.eos_token), tokenizer.eos_token
+        marked[name] = start + mark_special_tokens(text, tokenizer) + end
+    return row | marked
 
 
 def _text(row: dict, column: str) -> str:

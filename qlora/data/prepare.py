@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 
 from qlora.data.batch import PAD_MULTIPLE
+from qlora.data.formatting import Formatting
 from qlora.data.sources import RowSource
 from qlora.data.stream import STREAM_WINDOW, RowStream
 from qlora.data.tokenize import tokenize_rows
@@ -19,9 +20,7 @@ def load_rows(
     train_sources: list[RowSource],
     validation_sources: list[RowSource],
     *,
-    row_format: str,
-    text_field: str,
-    completion_only_loss: bool,
+    formatting: Formatting,
     max_length: str,
     held_out: float | None,
     seed: int,
@@ -36,13 +35,12 @@ def load_rows(
     (choose_max_length). Raises InputError for anything that cannot be used, among it a source with a weight
     that has no usable row.
     """
-    settings = {"text_field": text_field, "completion_only_loss": completion_only_loss}
     if any(source.streaming for source in train_sources):
         (source,) = train_sources
         sample = list(islice(source, window_rows))
-        train_rows = tokenize_rows(sample, tokenizer, row_format, name=str(source), **settings)
+        train_rows = tokenize_rows(sample, tokenizer, formatting, name=str(source))
     else:
-        parts = [tokenize_source(tokenizer, row_format, source, **settings) for source in train_sources]
+        parts = [tokenize_source(tokenizer, formatting, source) for source in train_sources]
         train_rows = mix(parts)
         if len({part.row_format for part in parts}) > 1:
             formats = ", ".join(part.row_format for part in parts)
@@ -55,8 +53,8 @@ def load_rows(
         train_rows, validation_rows = hold_out(train_rows, held_out, seed)
     elif validation_sources:
         if len(validation_sources) == 1:
-            row_format = train_rows.row_format
-        parts = [tokenize_source(tokenizer, row_format, source, **settings) for source in validation_sources]
+            formatting = train_rows.formatting
+        parts = [tokenize_source(tokenizer, formatting, source) for source in validation_sources]
         validation_rows = cut_rows(mix(parts), max_tokens, model_config.vocab_size)
 
     if weights is not None:  # a source cannot have its share of an epoch without a row
@@ -66,20 +64,21 @@ def load_rows(
     stream = None
     if train_sources[0].streaming:
         stream = RowStream(
-            train_sources[0], tokenizer, train_rows.row_format, text_field, completion_only_loss, max_tokens,
-            model_config.vocab_size, window_rows,
-        )  # fmt: skip
+            train_sources[0],
+            tokenizer,
+            train_rows.formatting,
+            max_tokens,
+            model_config.vocab_size,
+            window_rows,
+        )
+    if train_rows.chat_template:  # from now on, as all rows are tokenized
+        tokenizer.chat_template = train_rows.chat_template
     return train_rows, validation_rows, stream
 
 
-def tokenize_source(
-    tokenizer, row_format: str, source: RowSource, text_field: str, completion_only_loss: bool
-) -> TokenizedRows:
+def tokenize_source(tokenizer, formatting: Formatting, source: RowSource) -> TokenizedRows:
     """The rows of a source, tokenized and cached. Raises InputError if none can be used."""
-    rows = tokenize_rows(
-        source, tokenizer, row_format, name=str(source), content=source.content(), text_field=text_field,
-        completion_only_loss=completion_only_loss,
-    )  # fmt: skip
+    rows = tokenize_rows(source, tokenizer, formatting, name=str(source), content=source.content())
     if not len(rows):
         raise InputError(f"no row of {source} can be used: {rows.describe_drops()}")
     return rows

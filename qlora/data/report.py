@@ -3,8 +3,8 @@
 import numpy as np
 
 from qlora.data.batch import padded_length
-from qlora.data.formats import IGNORE_INDEX
 from qlora.data.order import StepOrder
+from qlora.data.segments import IGNORE_INDEX
 from qlora.data.similarity import has_earlier_near_duplicate
 from qlora.data.tokenized import TokenizedRows
 
@@ -43,6 +43,7 @@ def describe_rows(rows: TokenizedRows, batch_size: int, accumulation: int, seed:
         "rows_used": len(rows),
         "rows_dropped": dict(rows.dropped),
         "first_dropped": rows.first_dropped,
+        "notes": {note: {"count": count, "first": first} for note, (count, first) in rows.notes.items()},
         "tokens": tokens,
         "targets": rows.targets,
         "lengths": {
@@ -108,6 +109,8 @@ def count_leaks(train_rows: TokenizedRows, validation_rows: TokenizedRows) -> di
 def short_report(report: dict) -> dict[str, str]:
     """The report in a few lines for the start screen: subject -> text."""
     facts = _summary(report["train"], report["max_length"])
+    if notes := report["train"]["notes"]:
+        facts["notes"] = "; ".join(_notes(notes))
     if "in_both" in report:
         facts["leaks"] = _leaks(report["in_both"])
     if report["problems"]:
@@ -129,6 +132,7 @@ def full_report(report: dict) -> str:
                 f"  dropped: {count:,} {reason}, first: {split['first_dropped'][reason]}"
                 for reason, count in split["rows_dropped"].items()
             ),
+            *(f"  note: {note}" for note in _notes(split["notes"])),
             f"  format {split['format']}; {split['tokens']:,} tokens, {split['targets']:,} trained",
             *(f"  {subject}: {text}" for subject, text in _summary(split, report["max_length"]).items()),
             *_histogram_bars(split["histogram"]),
@@ -155,6 +159,10 @@ def _summary(split: dict, max_length: int) -> dict[str, str]:
         f"{split['starts_with_bos']:.1%}; {split['duplicates']:,} duplicates, "
         f"{split['near_duplicates']:,} near-duplicates",
     }
+
+
+def _notes(notes: dict[str, dict]) -> list[str]:
+    return [f"{text} ({note['count']:,}, first: {note['first']})" for text, note in notes.items()]
 
 
 def _leaks(in_both: dict[str, int]) -> str:

@@ -6,6 +6,7 @@ from itertools import islice
 
 from tqdm import tqdm
 
+from qlora.data.formatting import Formatting
 from qlora.data.sources import RowSource
 from qlora.data.tokenize import tokenize_window
 from qlora.data.tokenized import TokenizedRows, check_vocabulary
@@ -29,9 +30,7 @@ class RowStream:
 
     source: RowSource
     tokenizer: object
-    row_format: str  # not auto
-    text_field: str
-    completion_only_loss: bool
+    formatting: Formatting  # its format is not auto
     max_length: int
     vocab_size: int
     window_rows: int = STREAM_WINDOW
@@ -44,10 +43,7 @@ class RowStream:
         while True:
             located_rows, is_any_used = islice(self.source, row, None), row > 0
             while window := list(islice(located_rows, self.window_rows)):
-                rows = tokenize_window(
-                    window, self.tokenizer, row_format=self.row_format, text_field=self.text_field,
-                    completion_only_loss=self.completion_only_loss,
-                ).cut(self.max_length)  # fmt: skip
+                rows = tokenize_window(window, self.tokenizer, self.formatting).cut(self.max_length)
                 check_vocabulary(rows, self.vocab_size)
                 if rows.dropped:
                     tqdm.write(f"from {window[0][0]} on, dropped: {rows.describe_drops()}")

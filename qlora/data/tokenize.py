@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,18 +17,18 @@ from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from tqdm import tqdm
 
-from qlora.data import cache, formats, similarity, sources, tokenized
+from qlora.data import cache
+from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
 from qlora.data.formats import (
-    FALLBACK_CHAT_TEMPLATE,
-    IGNORE_INDEX,
-    DropRow,
-    Segment,
+    MARKERS,
     detect_format,
-    encode,
     required_columns,
     row_segments,
     starts_with_bos,
+    turn_template,
 )
+from qlora.data.formatting import Formatting
+from qlora.data.segments import IGNORE_INDEX, DropRow, Segment, encode
 from qlora.data.similarity import SIGNATURE_SIZE, signature
 from qlora.data.sources import LocatedRow
 from qlora.data.tokenized import TokenizedRows
@@ -53,23 +53,16 @@ TOKENS = Features(
         "leading_bos": Value("int32"),  # BOS tokens at the start
         "ends_in_eos": Value("bool"),  # in a trained EOS
         "digest": Value("int64"),  # equal for rows with equal tokens
+        "notes": List(Value("string")),  # what is not trained as one might expect (formats.row_segments)
         "signature": List(Value("uint32"), length=SIGNATURE_SIZE),  # similar for rows with similar text
     }
 )
-
-# Every module of the room that this one uses, and itself: a change to any of them makes cached tokens stale.
-CODE_FILES = [
-    Path(__file__),
-    *(Path(module.__file__) for module in (cache, formats, similarity, sources, tokenized)),
-]
 
 
 def tokenize_rows(
     located_rows: Iterable[LocatedRow],
     tokenizer,
-    row_format: str = "auto",
-    text_field: str = "text",
-    completion_only_loss: bool = True,
+    formatting: Formatting = Formatting(),
     name: str = "the data",
     content: str | None = None,
     cache_folder: Path | None = None,
@@ -86,48 +79,45 @@ def tokenize_rows(
         raise InputError("the tokenizer has no end-of-sequence token, so no answer could learn to stop")
     remaining = iter(located_rows)
     sample = list(islice(remaining, SAMPLE_ROWS))
-    row_format = checked_format([row for _, row in sample], row_format, text_field, name)
+    formatting = checked_format([row for _, row in sample], formatting, name)
+    row_format = formatting.row_format
     if row_format == "messages" and tokenizer.chat_template is None:
         print("The tokenizer has no chat template: turns are written as ### Human: and ### Assistant:.")
         tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE  # saved with the adapter's tokenizer
-    settings = {
-        "row_format": row_format,
-        "text_field": text_field,
-        "completion_only_loss": completion_only_loss,
-    }
     if content is None:
-        return tokenize_window([*sample, *remaining], tokenizer, **settings)
+        rows = tokenize_window([*sample, *remaining], tokenizer, formatting)
+    else:
+        code = sorted(Path(__file__).parent.glob("*.py"))  # a change to any of it makes cached tokens stale
+        key = cache.cache_key(tokenizer, {**vars(formatting), "name": name, "content": content}, code)
+        tokenize = partial(tokenize_batch, tokenizer=tokenizer, formatting=formatting)
+        cache_folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE, "qlora")
+        storage = None
+        try:
+            table = _cached_table(cache_folder / key, located_rows, tokenize)
+        except OSError as error:
+            print(f"Tokens are not cached: {first_line(error)}")
+            storage = tempfile.TemporaryDirectory(prefix="qlora-tokens-", ignore_cleanup_errors=True)
+            table = _cached_table(Path(storage.name, key), located_rows, tokenize)
+        rows = _usable_rows(table, formatting, storage)
+    if row_format in MARKERS:
+        texts = [text for _, row in sample if isinstance(text := row.get(formatting.text_field), str)]
+        rows.chat_template = turn_template(texts, row_format, tokenizer)
+    return rows
 
-    depends_on = {**settings, "name": name, "content": content}
-    if "strftime_now" in str(tokenizer.chat_template):  # a template that writes today's date
-        depends_on["date"] = time.strftime("%Y-%m-%d")
-    key = cache.cache_key(tokenizer, depends_on, CODE_FILES)
-    tokenize = partial(tokenize_batch, tokenizer=tokenizer, **settings)
-    cache_folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE, "qlora")
-    storage = None
-    try:
-        table = _cached_table(cache_folder / key, located_rows, tokenize)
-    except OSError as error:
-        print(f"Tokens are not cached: {first_line(error)}")
-        storage = tempfile.TemporaryDirectory(prefix="qlora-tokens-", ignore_cleanup_errors=True)
-        table = _cached_table(Path(storage.name, key), located_rows, tokenize)
-    return _usable_rows(table, row_format, storage)
 
-
-def tokenize_window(
-    located_rows: list[LocatedRow], tokenizer, *, row_format: str, text_field: str, completion_only_loss: bool
-) -> TokenizedRows:
+def tokenize_window(located_rows: list[LocatedRow], tokenizer, formatting: Formatting) -> TokenizedRows:
     """As tokenize_rows, in memory, for rows whose format is known."""
-    tokenize = partial(
-        tokenize_batch, tokenizer=tokenizer, row_format=row_format, text_field=text_field,
-        completion_only_loss=completion_only_loss,
-    )  # fmt: skip
+    tokenize = partial(tokenize_batch, tokenizer=tokenizer, formatting=formatting)
     raw = Dataset.from_list([_raw_row(*located_row) for located_row in located_rows], features=RAW)
-    return _usable_rows(_tokenized_table(raw, tokenize), row_format, None)
+    return _usable_rows(_tokenized_table(raw, tokenize), formatting, None)
 
 
-def checked_format(sample: list[dict], row_format: str, text_field: str, name: str) -> str:
-    """The format of the sample rows, detected if it is `auto`. Raises InputError if they do not have it."""
+def checked_format(sample: list[dict], formatting: Formatting, name: str) -> Formatting:
+    """The formatting with the sample rows' format, detected if it is `auto`.
+
+    Raises InputError if the rows do not have that format.
+    """
+    row_format, text_field = formatting.row_format, formatting.text_field
     columns = sorted(set().union(*sample))
     if row_format == "auto":
         detected = detect_format(sample, text_field)
@@ -136,14 +126,14 @@ def checked_format(sample: list[dict], row_format: str, text_field: str, name: s
                 f"{name} has the columns {columns}, which are not those of a known format: '{text_field}', "
                 "'instruction' and 'output', 'prompt' and 'completion', 'messages' or 'conversations'"
             )
-        return detected
+        return replace(formatting, row_format=detected)
     needed = required_columns(row_format, text_field)
     missing = sorted(needed - set(columns))
     if missing and (row_format != "messages" or len(missing) == len(needed)):
         raise InputError(
             f"{name} has no column {missing[0]!r}, which format {row_format} needs; it has {columns}"
         )
-    return row_format
+    return formatting
 
 
 # ---------------------------------------------------------------- one row
@@ -172,8 +162,9 @@ def tokenize_segments(
 
 
 def token_columns(
-    where: str, input_ids: list[int], labels: list[int], row: dict, bos_id: int | None, eos_id: int
-) -> dict:
+    where: str, input_ids: list[int], labels: list[int], row: dict, notes: list[str], bos_id: int | None,
+    eos_id: int,
+) -> dict:  # fmt: skip
     """The TOKENS columns of a usable row; `row` is the row before tokenization."""
     ids = np.asarray(input_ids, dtype=np.int32)
     is_trained = np.asarray(labels) != IGNORE_INDEX
@@ -188,6 +179,7 @@ def token_columns(
         "leading_bos": int((ids == bos_id).cumprod().sum()),
         "ends_in_eos": bool(ids[-1] == eos_id and is_trained[-1]),
         "digest": int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "big", signed=True),
+        "notes": notes,
         "signature": signature(row),
     }
 
@@ -198,7 +190,7 @@ def _dropped_columns(where: str, reason: str) -> dict:
     no_tokens = np.zeros(0, dtype=np.int32)
     return empty | {
         "where": where, "dropped": reason, "input_ids": no_tokens, "trained": no_tokens > 0,
-        "signature": np.zeros(SIGNATURE_SIZE, dtype=np.uint32),
+        "notes": [], "signature": np.zeros(SIGNATURE_SIZE, dtype=np.uint32),
     }  # fmt: skip
 
 
@@ -214,18 +206,18 @@ def _placeholder(value) -> dict:
 # ---------------------------------------------------------------- many rows
 
 
-def tokenize_batch(
-    batch: dict, tokenizer, row_format: str, text_field: str, completion_only_loss: bool
-) -> dict:
+def tokenize_batch(batch: dict, tokenizer, formatting: Formatting) -> dict:
     """RAW columns to TOKENS columns; runs in worker processes."""
-    adds_bos = starts_with_bos(row_format, tokenizer)
+    adds_bos = starts_with_bos(formatting.row_format, tokenizer)
     columns = {name: [] for name in TOKENS}
     for where, row in zip(batch["where"], batch["row"]):
         row = json.loads(row)
         try:
-            segments = row_segments(row, row_format, text_field, tokenizer)
-            ids, labels = tokenize_segments(segments, adds_bos, completion_only_loss, tokenizer)
-            values = token_columns(where, ids, labels, row, tokenizer.bos_token_id, tokenizer.eos_token_id)
+            segments, notes = row_segments(row, formatting, tokenizer)
+            ids, labels = tokenize_segments(segments, adds_bos, formatting.completion_only_loss, tokenizer)
+            values = token_columns(
+                where, ids, labels, row, notes, tokenizer.bos_token_id, tokenizer.eos_token_id
+            )
         except DropRow as reason:
             values = _dropped_columns(where, str(reason))
         for name, column in columns.items():
@@ -233,12 +225,12 @@ def tokenize_batch(
     return columns
 
 
-def _usable_rows(table: Dataset, row_format: str, storage) -> TokenizedRows:
+def _usable_rows(table: Dataset, formatting: Formatting, storage) -> TokenizedRows:
     """The usable rows of a table of TOKENS; the others are counted."""
     is_usable = table.data.column("dropped").is_null().to_numpy()
     indices = np.flatnonzero(is_usable)
     rows = TokenizedRows(
-        table, row_format, indices, np.zeros_like(indices), rows_read=len(table), storage=storage
+        table, formatting, indices, np.zeros_like(indices), rows_read=len(table), storage=storage
     )
     for row in table.select(np.flatnonzero(~is_usable)).select_columns(["where", "dropped"]):
         rows.dropped[row["dropped"]] += 1

@@ -6,10 +6,13 @@ from functools import cached_property, partial
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from qlora.data.formats import IGNORE_INDEX
+from qlora.data.formatting import Formatting
+from qlora.data.segments import IGNORE_INDEX
 from qlora.data.similarity import SIGNATURE_SIZE
 from qlora.errors import InputError
 
@@ -23,7 +26,7 @@ class TokenizedRows:
     """
 
     table: Dataset
-    row_format: str
+    formatting: Formatting  # with the rows' own format
     indices: np.ndarray  # where each row of the view is in the table
     source_ids: np.ndarray  # which dataset each row comes from, from 0
     max_length: int | None = None
@@ -31,7 +34,12 @@ class TokenizedRows:
     dropped: Counter = field(default_factory=Counter)  # reason -> number of rows
     first_dropped: dict = field(default_factory=dict)  # reason -> location of the first such row
     lost_lengths: np.ndarray = field(default_factory=partial(np.zeros, 0, int))  # of the rows cut() dropped
+    chat_template: str | None = None  # asks as rows of guanaco and llama2 do (formats.turn_template)
     storage: object = None  # keeps the temporary folder of an uncached table alive
+
+    @property
+    def row_format(self) -> str:
+        return self.formatting.row_format
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -96,6 +104,17 @@ class TokenizedRows:
         return flat.reshape(-1, SIGNATURE_SIZE)[self.indices]
 
     @cached_property
+    def notes(self) -> dict[str, tuple[int, str]]:
+        """note -> (how often, the first location), for all notes of formats.row_segments()."""
+        lists = self.table.data.column("notes").combine_chunks().take(pa.array(self.indices))
+        notes = lists.flatten().dictionary_encode()
+        codes, first, counts = np.unique(notes.indices.to_numpy(), return_index=True, return_counts=True)
+        rows = pc.list_parent_indices(lists).to_numpy()[first]
+        texts = [notes.dictionary[int(code)].as_py() for code in codes]
+        by_count = sorted(zip(texts, counts.tolist(), rows), key=lambda note: -note[1])
+        return {text: (count, self.location(row)) for text, count, row in by_count}
+
+    @cached_property
     def _token_columns(self) -> Dataset:
         return self.table.with_format("numpy", columns=["input_ids", "trained"])
 
@@ -137,19 +156,20 @@ class TokenizedRows:
 
 
 def mix(parts: list[TokenizedRows]) -> TokenizedRows:
-    """Several datasets as one; source_ids tell them apart. The row format is that of the first."""
+    """Several datasets as one; source_ids tell them apart. The formatting is that of the first."""
     offsets = np.cumsum([0] + [len(part.table) for part in parts])
     first_dropped = {}
     for part in reversed(parts):  # so that the location in the first dataset wins
         first_dropped |= part.first_dropped
     return TokenizedRows(
         table=datasets.concatenate_datasets([part.table for part in parts]),
-        row_format=parts[0].row_format,
+        formatting=parts[0].formatting,
         indices=np.concatenate([part.indices + offset for part, offset in zip(parts, offsets)]),
         source_ids=np.concatenate([np.full(len(part), number) for number, part in enumerate(parts)]),
         rows_read=sum(part.rows_read for part in parts),
         dropped=sum((part.dropped for part in parts), Counter()),
         first_dropped=first_dropped,
+        chat_template=parts[0].chat_template,
         storage=[part.storage for part in parts],
     )
 

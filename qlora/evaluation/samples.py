@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from qlora.data.formatting import Formatting
 from qlora.errors import first_line
 from qlora.model.generation import PromptWriter, generate, read_prompts, room_for_prompt
 from qlora.speed.memory import is_out_of_memory
@@ -53,11 +54,11 @@ class Samples:
 
 
 def read_samples(
-    path: str | None, tokenizer, row_format: str, text_field: str, model_config, max_new_tokens: int
+    path: str | None, tokenizer, formatting: Formatting, model_config, max_new_tokens: int
 ) -> Samples | None:
     """The prompts in a file, None without one. Raises InputError."""
     if path is None:
         return None
     room = room_for_prompt(model_config, max_new_tokens, "sample_max_new_tokens")
-    writer = PromptWriter(tokenizer, row_format, text_field, room)
+    writer = PromptWriter(tokenizer, formatting, room)
     return Samples([ids for _, _, ids in read_prompts(path, writer)], tokenizer, max_new_tokens)

@@ -1,10 +1,13 @@
 """The frozen 4-bit base and its tokenizer."""
 
+from datetime import date
+
 import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
+from qlora.data.chat_template import set_chat_template
 from qlora.errors import InputError, first_line
 from qlora.model.adapter import adapter_file, check_adapter
 
@@ -14,15 +17,24 @@ def load_config(model: str, trust_remote_code: bool = False):
     return _from_hub(AutoConfig, model, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(model: str, adapter: str | None = None, trust_remote_code: bool = False):
+def load_tokenizer(
+    model: str,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    today: date | None = None,
+):
     """The tokenizer saved with the adapter, else the model's. No token is added; no pad token is needed.
 
-    Raises InputError if either cannot be loaded.
+    Its chat template is that of the file `chat_template`, if given; one that writes the date writes `today`,
+    by default the day it is. Raises InputError if any of this cannot be loaded.
     """
     if adapter is not None:
         check_adapter(adapter)
     has_own = adapter is not None and adapter_file(adapter, "tokenizer_config.json") is not None
-    return _from_hub(AutoTokenizer, adapter if has_own else model, trust_remote_code=trust_remote_code)
+    tokenizer = _from_hub(AutoTokenizer, adapter if has_own else model, trust_remote_code=trust_remote_code)
+    set_chat_template(tokenizer, chat_template, today or date.today())
+    return tokenizer
 
 
 def load_base(

@@ -7,15 +7,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from qlora.data.formats import (
-    FALLBACK_CHAT_TEMPLATE,
-    DropRow,
-    Segment,
-    chat_segments,
-    encode,
-    prompt_segments,
-    starts_with_bos,
-)
+from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
+from qlora.data.formats import chat_segments, prompt_segments, starts_with_bos
+from qlora.data.formatting import Formatting
+from qlora.data.segments import DropRow, Segment, encode
 from qlora.data.sources import read_rows
 from qlora.errors import InputError
 
@@ -26,14 +21,14 @@ class PromptWriter:
     Raises InputError for a prompt that does not fit the format, is empty, or exceeds `max_tokens`.
     """
 
-    def __init__(self, tokenizer, row_format: str, text_field: str, max_tokens: float):
+    def __init__(self, tokenizer, formatting: Formatting, max_tokens: float):
         self.tokenizer = tokenizer
-        self.row_format = row_format
-        self.text_field = text_field
+        self.formatting = formatting
+        self.row_format = formatting.row_format
         self.max_tokens = max_tokens
-        if row_format == "messages" and tokenizer.chat_template is None:
+        if self.row_format == "messages" and tokenizer.chat_template is None:
             tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
-        self.adds_bos = starts_with_bos(row_format, tokenizer)
+        self.adds_bos = starts_with_bos(self.row_format, tokenizer)
 
     @property
     def has_history(self) -> bool:
@@ -43,14 +38,14 @@ class PromptWriter:
     def chat(self, messages: list[dict]) -> list[int]:
         """The prompt for the next answer in a chat of {"role", "content"} turns."""
         try:
-            return self._encode(chat_segments(messages, self.row_format, self.tokenizer), "the prompt")
+            return self._encode(chat_segments(messages, self.formatting, self.tokenizer), "the prompt")
         except DropRow as reason:
             raise InputError(f"the prompt cannot be written as {self.row_format}: {reason}") from reason
 
     def row(self, row: dict, where: str) -> list[int]:
         """The prompt of a data row, without the row's answer."""
         try:
-            segments = prompt_segments(row, self.row_format, self.text_field, self.tokenizer)
+            segments = prompt_segments(row, self.formatting, self.tokenizer)
             return self._encode(segments, where)
         except DropRow as reason:
             raise InputError(f"{where}: {reason}") from reason

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from datetime import date
 from pathlib import Path
 
 from qlora.data.tokenized import TokenizedRows
@@ -27,8 +28,13 @@ class Fingerprint:
         self.checkpoint = checkpoint
         self.saved = load_state(checkpoint)["fingerprint"] if checkpoint else None
         self.allowed, self.sets_shapes = allowed, sets_shapes
-        self.values = {}
+        # The day the run began. Chat templates that write a date go on writing this one.
+        self.values = {"today": (self.saved or {}).get("today", date.today().isoformat())}
         self.add(**flags)
+
+    @property
+    def today(self) -> date:
+        return date.fromisoformat(self.values["today"])
 
     def add_data(self, tokenizer, train_rows: TokenizedRows) -> None:
         self.add(tokenizer=tokenizer_fingerprint(tokenizer), data=rows_fingerprint(train_rows))
@@ -46,7 +52,9 @@ class Fingerprint:
 
     def settings(self, train_rows: TokenizedRows) -> dict:
         """What is saved with the adapter beside the training's flags: what these came to, and the base."""
-        kept = {"dataset_format": train_rows.row_format, "max_length": train_rows.max_length}
+        formatting = train_rows.formatting
+        kept = {"dataset_format": formatting.row_format, "max_length": train_rows.max_length}
+        kept["split_special_tokens"] = formatting.takes_special_tokens_as_text
         return kept | {BASE: self.values["base"]}
 
     def add(self, **values) -> None:

@@ -3,7 +3,8 @@
 import numpy as np
 from datasets import Dataset
 
-from qlora.data.formats import IGNORE_INDEX
+from qlora.data.formatting import Formatting
+from qlora.data.segments import IGNORE_INDEX
 from qlora.data.tokenize import TOKENS, token_columns
 from qlora.data.tokenized import TokenizedRows
 
@@ -15,6 +16,8 @@ def random_rows(lengths, seed: int = 0) -> TokenizedRows:
     labels = [np.where(generator.random(len(row)) < 0.5, row, IGNORE_INDEX) for row in ids]
     for row_ids, row_labels in zip(ids, labels):
         row_labels[0], row_labels[-1] = IGNORE_INDEX, row_ids[-1]
-    columns = [token_columns("", *pair, {}, bos_id=1, eos_id=2) for pair in zip(ids, labels)]
+    columns = [token_columns("", *pair, {}, [], bos_id=1, eos_id=2) for pair in zip(ids, labels)]
     table = Dataset.from_list(columns, features=TOKENS)
-    return TokenizedRows(table, "text", np.arange(len(ids)), np.zeros(len(ids), int), rows_read=len(ids))
+    return TokenizedRows(
+        table, Formatting("text"), np.arange(len(ids)), np.zeros(len(ids), int), rows_read=len(ids)
+    )

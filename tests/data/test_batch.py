@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from qlora.data.batch import BatchShape, collate, micro_batches, worst_batch
-from qlora.data.formats import IGNORE_INDEX
 from qlora.data.order import StepOrder
+from qlora.data.segments import IGNORE_INDEX
 from qlora.data.tokenize import tokenize_rows
 from tests.data.random_rows import random_rows
 

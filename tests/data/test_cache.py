@@ -1,6 +1,5 @@
 """The cache of tokens: found again, never stale, never partial, and no obstacle if it cannot be written."""
 
-import ast
 import json
 import os
 import time
@@ -10,12 +9,12 @@ import datasets
 import pytest
 import transformers
 
-import qlora.data.tokenize
 from qlora.data.cache import cache_key, is_complete, load_table, new_entry
+from qlora.data.formatting import Formatting
 from qlora.data.sources import RowSource
-from qlora.data.tokenize import CODE_FILES, tokenize_rows
+from qlora.data.tokenize import tokenize_rows
 from qlora.errors import InputError
-from tests.conftest import ROOT, ROWS
+from tests.conftest import ROWS
 
 
 @pytest.fixture
@@ -86,8 +85,8 @@ def test_the_cache_is_that_of_datasets_unless_another_is_given(data, tokenizer):
         lambda data, tokenizer: tokenizer.add_tokens(["leaf"]),
         lambda data, tokenizer: setattr(tokenizer, "eos_token", "<unk>"),
         lambda data, tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}"),
-        lambda data, tokenizer: {"completion_only_loss": False},
-        lambda data, tokenizer: {"row_format": "text", "text_field": "prompt"},
+        lambda data, tokenizer: {"formatting": Formatting(completion_only_loss=False)},
+        lambda data, tokenizer: {"formatting": Formatting("text", "prompt")},
     ],
     ids=["data", "tokens", "eos", "chat template", "completion_only_loss", "format"],
 )
@@ -114,44 +113,6 @@ def test_the_key_changes_with_the_version_of_a_library(tokenizer, monkeypatch, l
     before = cache_key(tokenizer, {}, [])
     monkeypatch.setattr(f"{library}.__version__", "0.0.1")
     assert cache_key(tokenizer, {}, []) != before
-
-
-def imports_of(path: Path) -> set[Path]:
-    """The modules of qlora.data that a module imports, in functions too."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    files = {
-        ROOT / Path(*name.split(".")).with_suffix(".py") for name in names if name.startswith("qlora.data")
-    }
-    return {file for file in files if file.is_file()}
-
-
-def test_the_key_depends_on_every_module_that_decides_what_the_tokens_are():
-    """Those that tokenize.py imports from its room, directly or not, and itself."""
-    modules, to_visit = set(), {Path(qlora.data.tokenize.__file__)}
-    while to_visit:
-        module = to_visit.pop()
-        modules.add(module)
-        to_visit |= imports_of(module) - modules
-    names = {path.stem for path in modules}
-    assert {"sources", "formats", "tokenize", "tokenized", "similarity"} <= names
-    assert sorted(CODE_FILES) == sorted(modules)
-
-
-def test_the_tokens_of_a_template_that_writes_the_date_are_cached_for_a_day(
-    cache, tmp_path, tokenizer, monkeypatch
-):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "A leaf."}]}))
-    tokenizer.chat_template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenize(path, tokenizer, cache)
-    monkeypatch.setattr(time, "strftime", lambda _: "another day")
-    tokenize(path, tokenizer, cache)
-    assert len(list(cache.iterdir())) == 2
 
 
 # ---------------------------------------------------------------- never partial, never in the way

@@ -4,17 +4,10 @@ import pytest
 from tokenizers import processors
 
 from qlora.data.batch import collate
-from qlora.data.formats import (
-    FALLBACK_CHAT_TEMPLATE,
-    IGNORE_INDEX,
-    DropRow,
-    chat_segments,
-    detect_format,
-    encode,
-    prompt_segments,
-    row_segments,
-    starts_with_bos,
-)
+from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
+from qlora.data.formats import chat_segments, detect_format, prompt_segments, row_segments, starts_with_bos
+from qlora.data.formatting import Formatting
+from qlora.data.segments import IGNORE_INDEX, PLAIN_END, PLAIN_START, DropRow, encode
 from qlora.data.tokenize import tokenize_rows
 from qlora.errors import InputError
 
@@ -77,7 +70,7 @@ def masked_by_hand(tokenizer, parts):
 
 def tokenize(tokenizer, row, row_format="auto", **options):
     max_length = options.pop("max_length", None)
-    rows = tokenize_rows([("rows line 1", row)], tokenizer, row_format, **options)
+    rows = tokenize_rows([("rows line 1", row)], tokenizer, Formatting(row_format, **options))
     rows = rows.cut(max_length) if max_length else rows
     ids, labels = rows[0]
     return rows.row_format, ids.tolist(), labels.tolist()
@@ -166,7 +159,7 @@ ROWS = {
          ("\n### Human: Sure?\n### Assistant:", 0), (" Yes.</s>", 1)]),
     "messages, rewritten history": (
         FORGETFUL, {"messages": turns("What?", "think#A leaf.", "Sure?", "think#Yes.")}, "messages",
-        [("Q: What?\nA: A leaf.</s>\nQ: Sure?\nA:", 0), (" think#Yes.</s>", 1)]),
+        [("Q: What?\nA:", 0), (" A leaf.</s>", 1), ("\nQ: Sure?\nA:", 0), (" think#Yes.</s>", 1)]),
 }  # fmt: skip
 EXAMPLES = pytest.mark.parametrize("template, row, row_format, parts", ROWS.values(), ids=ROWS)
 
@@ -295,7 +288,7 @@ WITH_PROMPT = {
 def test_a_prompt_is_its_row_up_to_the_last_answer(tokenizer, template, row, row_format, parts):
     use_template(tokenizer, template)
     _, ids, labels = tokenize(tokenizer, row)
-    segments = prompt_segments(row, row_format, "text", tokenizer)
+    segments = prompt_segments(row, Formatting(row_format), tokenizer)
     assert prompt_ids(tokenizer, segments, row_format) == ids[: last_answer(labels)]
 
 
@@ -325,7 +318,7 @@ def test_a_chat_is_written_as_it_was_trained(tokenizer, template, row_format, ro
         without_automatic_bos(tokenizer)
     _, ids, labels = tokenize(tokenizer, row)
     chat = turns("What?", "think#A leaf." if template == FORGETFUL else "A leaf.", "Sure?")
-    asked = prompt_ids(tokenizer, chat_segments(chat, row_format, tokenizer), row_format)
+    asked = prompt_ids(tokenizer, chat_segments(chat, Formatting(row_format), tokenizer), row_format)
     assert asked == ids[: last_answer(labels)]
 
 
@@ -342,7 +335,7 @@ def test_a_chat_is_written_as_it_was_trained(tokenizer, template, row_format, ro
 )
 def test_a_bare_prompt_is_wrapped_in_the_format(tokenizer, row_format, wrapped):
     use_template(tokenizer, CHATML)
-    segments = prompt_segments({"prompt": "What?"}, row_format, "text", tokenizer)
+    segments = prompt_segments({"prompt": "What?"}, Formatting(row_format), tokenizer)
     expected = tokenizer(wrapped, add_special_tokens=False)["input_ids"]
     assert prompt_ids(tokenizer, segments, row_format) == expected
 
@@ -352,14 +345,14 @@ def test_only_the_answers_at_the_end_are_left_out_of_a_prompt(tokenizer, answere
     use_template(tokenizer, CHATML)
     question = turns("What?", "A leaf.", "Sure?")
     row = {"messages": question + [{"role": "assistant", "content": content} for content in answered]}
-    expected = chat_segments(question, "messages", tokenizer)
-    assert prompt_segments(row, "messages", "text", tokenizer) == expected
-    assert prompt_segments({"messages": question}, "messages", "text", tokenizer) == expected
+    expected = chat_segments(question, Formatting("messages"), tokenizer)
+    assert prompt_segments(row, Formatting("messages"), tokenizer) == expected
+    assert prompt_segments({"messages": question}, Formatting("messages"), tokenizer) == expected
     assert expected[-1][0].endswith("user\nSure?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_an_alpaca_chat_asks_the_last_question_only(tokenizer):
-    chat = chat_segments(turns("What?", "A leaf.", "Name a tree."), "alpaca", tokenizer)
+    chat = chat_segments(turns("What?", "A leaf.", "Name a tree."), Formatting("alpaca"), tokenizer)
     assert chat == [(ALPACA, False)]
 
 
@@ -367,7 +360,7 @@ def test_an_alpaca_chat_asks_the_last_question_only(tokenizer):
 def test_messages_without_a_question_are_dropped(tokenizer, messages):
     use_template(tokenizer, CHATML)
     with pytest.raises(DropRow):
-        encode(prompt_segments({"messages": messages}, "messages", "text", tokenizer), False, tokenizer)
+        encode(prompt_segments({"messages": messages}, Formatting("messages"), tokenizer), False, tokenizer)
 
 
 PAIRS = pytest.mark.parametrize(
@@ -499,7 +492,7 @@ def test_a_given_format_without_its_columns_is_an_error_that_lists_them(tokenize
         ({"messages": ["a"]}, "messages", "'messages' is not a list"),
         ({"conversations": {"from": "human"}}, "messages", "'conversations' is not a list"),
         ({"messages": [{"role": "user", "content": None}]}, "messages", "no text or no role"),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages", "no text or no role"),
+        ({"messages": [{"role": "user", "content": [3]}]}, "messages", "a part that is not text"),
         ({"messages": [{"content": "a"}]}, "messages", "no text or no role"),
         ({"messages": turns("a", "b", system="c")}, "messages", "refuses it: Only user and assistant!"),
     ],
@@ -507,7 +500,7 @@ def test_a_given_format_without_its_columns_is_an_error_that_lists_them(tokenize
 def test_an_unusable_row_is_dropped_for_its_reason(tokenizer, row, row_format, reason):
     use_template(tokenizer, LLAMA2_CHAT)
     with pytest.raises(DropRow) as error:
-        row_segments(row, row_format, "text", tokenizer)
+        row_segments(row, Formatting(row_format), tokenizer)
     assert reason in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
@@ -516,7 +509,7 @@ def test_an_unusable_row_is_dropped_for_its_reason(tokenizer, row, row_format, r
 def test_answers_are_trained_under_every_name_for_the_assistant(role, tokenizer):
     tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
     row = {"conversations": [{"from": "human", "value": "Red?"}, {"from": role, "value": "A leaf."}]}
-    segments = row_segments(row, "messages", "text", tokenizer)
+    segments, _ = row_segments(row, Formatting("messages"), tokenizer)
     assert "".join(text for text, trained in segments if trained).strip().startswith("A leaf.")
 
 
@@ -525,4 +518,91 @@ def test_a_role_unknown_to_the_fallback_template_drops_the_row(tokenizer):
     turns = [("user", "Red?"), ("tool", "42"), ("assistant", "A leaf.")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     with pytest.raises(DropRow, match="unknown role tool"):
-        row_segments(row, "messages", "text", tokenizer)
+        row_segments(row, Formatting("messages"), tokenizer)
+
+
+# ---------------------------------------------------------------- special tokens in the text of rows
+
+
+@pytest.mark.parametrize(
+    "row, row_format",
+    [
+        ({"instruction": "Say <s>", "input": "</s>", "output": "Here: </s> and on"}, "alpaca"),
+        ({"prompt": "Say <s>", "completion": "Here: </s> and on"}, "prompt_completion"),
+    ],
+)
+def test_special_tokens_that_a_row_spells_are_plain_text(tokenizer, row, row_format):
+    rows = tokenize_rows([("row", row)], tokenizer, Formatting(row_format))
+    (ids, _), (note,) = rows[0], rows.notes
+    assert ids.tolist().count(tokenizer.bos_token_id) == ids.tolist().count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(ids[1:-1]).endswith("Here: </s> and on") and "Say <s>" in tokenizer.decode(ids)
+    assert note == "its text spells special tokens, which are taken as plain text"
+
+
+def test_an_eos_at_the_end_of_an_answer_is_meant(tokenizer):
+    with_eos, without = ({"instruction": "Say a", "output": f"a{end}"} for end in ("</s>", ""))
+    assert tokenize(tokenizer, with_eos) == tokenize(tokenizer, without)
+
+
+@pytest.mark.parametrize("split, count", [(None, 2), (False, 2), (True, 1)])
+def test_text_columns_bring_their_own_special_tokens_unless_told_otherwise(tokenizer, split, count):
+    _, ids, _ = tokenize(tokenizer, {"text": "What?</s> A leaf."}, split_special_tokens=split)
+    assert ids.count(tokenizer.eos_token_id) == count
+
+
+def test_special_tokens_can_be_taken_as_such_in_every_format(tokenizer):
+    row = {"prompt": "What?</s>", "completion": " A leaf."}
+    _, ids, _ = tokenize(tokenizer, row, split_special_tokens=False)
+    assert ids.count(tokenizer.eos_token_id) == 2
+
+
+def test_text_around_a_plain_special_token_is_tokenized_as_before(tokenizer):
+    """No space is added, and the pieces decode to the text."""
+    ids, labels = encode([(f"Say {PLAIN_START}</s>{PLAIN_END}leaf", False), (" yes", True)], False, tokenizer)
+    assert tokenizer.decode(ids) == "Say </s>leaf yes" and labels.count(IGNORE_INDEX) < len(ids)
+
+
+# ---------------------------------------------------------------- asked as trained
+
+
+SPELLINGS = {
+    "guanaco": "### Human: {q}### Assistant: {a}",
+    "guanaco, lines": "### Human:\n{q}\n### Assistant:\n{a}\n",
+    "guanaco, tight": "### Human:{q} ### Assistant:{a}\n\n",
+    "llama2": "<s>[INST] {q} [/INST] {a} </s>",
+    "llama2, tight": "<s>[INST]{q}[/INST]{a}</s>",
+    "llama2, without markers between": "[INST] {q} [/INST] {a}",
+    "llama2, lines": "<s>[INST]\n{q}\n[/INST]\n{a}</s>\n",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("automatic_bos", [True, False])
+def test_text_rows_are_asked_in_the_spelling_that_was_trained(tokenizer, spelling, automatic_bos):
+    if not automatic_bos:
+        without_automatic_bos(tokenizer)
+    chat = [("What?", "A leaf."), ("Sure?", "Yes."), ("And now?", "No.")]
+    texts = ["".join(spelling.format(q=q, a=a) for q, a in chat[:n]) for n in (1, 2, 3)]
+    rows = tokenize_rows([("row", {"text": text}) for text in texts], tokenizer)
+    tokenizer.chat_template = rows.chat_template
+    row_format = rows.row_format
+    for n in (1, 2, 3):
+        ids, labels = rows[n - 1]
+        messages = turns(*[text for pair in chat[:n] for text in pair][:-1])
+        asked = prompt_ids(tokenizer, chat_segments(messages, Formatting(row_format), tokenizer), row_format)
+        assert asked == ids.tolist()[: last_answer(labels.tolist())]
+
+
+def test_the_usual_spelling_is_what_most_rows_have(tokenizer):
+    texts = ["### Human:\nWhat?\n### Assistant:\nA leaf."] * 3 + [
+        "### Human: What?### Assistant: A leaf."
+    ] * 2
+    rows = tokenize_rows([("row", {"text": text}) for text in texts], tokenizer)
+    asked = tokenizer.apply_chat_template(turns("Sure?"), chat_template=rows.chat_template, tokenize=False)
+    assert asked == "<s>### Human:\nSure?\n### Assistant:"
+
+
+def test_the_chat_template_of_a_model_does_not_spell_text_rows(tokenizer):
+    use_template(tokenizer, CHATML)
+    segments = chat_segments(turns("What?"), Formatting("guanaco"), tokenizer)
+    assert segments == [("<s>### Human: What?### Assistant:", False)]

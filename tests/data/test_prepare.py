@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from qlora.data.formatting import Formatting
 from qlora.data.prepare import choose_max_length, cut_rows, load_rows, tokenize_source
 from qlora.data.sources import RowSource
 from qlora.data.tokenize import tokenize_rows
@@ -22,8 +23,7 @@ def write(path, *rows) -> RowSource:
 
 def load(tokenizer, train_sources, validation_sources=(), **options):
     settings = {
-        "row_format": "auto", "text_field": "text", "completion_only_loss": True, "max_length": "256",
-        "held_out": None, "seed": 0,
+        "formatting": Formatting(), "max_length": "256", "held_out": None, "seed": 0,
     }  # fmt: skip
     return load_rows(tokenizer, MODEL, train_sources, list(validation_sources), **(settings | options))
 
@@ -71,7 +71,7 @@ def test_a_token_that_the_model_lacks_is_an_error(tokenizer):
 def test_no_usable_row_is_an_error_with_the_reasons(tokenizer, tmp_path):
     source = write(tmp_path / "rows.jsonl", {"prompt": "a", "completion": ""})
     with pytest.raises(InputError, match=r"no row of .*rows\.jsonl can be used: 1 empty response"):
-        tokenize_source(tokenizer, "auto", source, "text", True)
+        tokenize_source(tokenizer, Formatting(), source)
     rows = tokenize_rows([("line 1", {"prompt": "What? " * 40, "completion": "a"})], tokenizer)
     with pytest.raises(InputError, match="no row can be used: 1 prompt fills --max_length, first: line 1"):
         cut_rows(rows, 16, MODEL.vocab_size)
@@ -130,3 +130,13 @@ def test_of_a_stream_only_the_first_window_is_read(tokenizer, tmp_path):
     assert rows.rows_read == 18 and contents(rows) == contents(whole)[:18]
     with pytest.raises(InputError, match="line 43 is not valid JSON"):
         load(tokenizer, [RowSource(str(path), streaming=True)], window_rows=43)
+
+
+def test_the_tokenizer_asks_as_the_first_datasets_rows_are_spelled(tmp_path, tokenizer):
+    lines = write(
+        tmp_path / "a.jsonl", *[{"text": f"### Human:\n{n}?\n### Assistant:\n{n}."} for n in range(3)]
+    )
+    usual = write(tmp_path / "b.jsonl", *[{"text": f"### Human: {n}?### Assistant: {n}."} for n in range(9)])
+    load(tokenizer, [lines, usual])
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
+    assert asked == "<s>### Human:\nWhy?\n### Assistant:"

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from qlora.data.formats import IGNORE_INDEX
 from qlora.data.report import data_report, full_report, short_report, show_rows
+from qlora.data.segments import IGNORE_INDEX
 from qlora.data.tokenize import TOKENS, tokenize_rows
 from tests.conftest import ROWS
 from tests.data.random_rows import random_rows
@@ -88,3 +89,25 @@ def test_shown_rows_mark_the_trained_text_and_spell_out_special_tokens(tokenizer
     in_color = show_rows(rows, tokenizer, 3, use_color=True)
     assert "\033[32m" in in_color and "⟦" not in in_color
     assert all(torch.equal(labels != IGNORE_INDEX, labels > 0) for _, labels in rows.fetch([0]))
+
+
+def test_what_is_not_trained_is_in_the_report_with_its_first_row(tokenizer):
+    rows = [
+        {"prompt": "What?", "completion": " A leaf."},
+        {"prompt": "Why?", "completion": " So.", "id": "b"},
+    ]
+    rows += [{"prompt": "Who?", "completion": " I.", "id": "c"}]
+    located = [(f"rows line {number}", row) for number, row in enumerate(rows, start=1)]
+    report = data_report(tokenize_rows(located, tokenizer).cut(256), None, 1, 1, 0)
+    assert report["train"]["notes"] == {"column 'id' is not read": {"count": 2, "first": "rows line 2"}}
+    assert short_report(report)["notes"] == "column 'id' is not read (2, first: rows line 2)"
+    assert "  note: column 'id' is not read (2, first: rows line 2)" in full_report(report)
+
+
+def test_the_notes_of_a_subset_are_those_of_its_rows(tokenizer):
+    rows = [
+        {"prompt": "What?", "completion": " A leaf.", "id": "a"},
+        {"prompt": "Why?", "completion": " So."},
+    ]
+    whole = tokenize_rows([("row", row) for row in rows], tokenizer)
+    assert list(whole.notes) == ["column 'id' is not read"] and not whole.subset(np.array([1])).notes

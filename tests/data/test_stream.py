@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 import train
+from qlora.data.formatting import Formatting
 from qlora.data.prepare import load_rows
 from qlora.data.sources import RowSource
 from qlora.data.stream import STREAM_WINDOW, RowStream
@@ -24,15 +25,11 @@ def write(path, *rows) -> RowSource:
     return RowSource(str(path), streaming=True)
 
 
-def open_stream(source, tokenizer, window_rows=18, max_length=64, **options) -> RowStream:
-    settings = {"row_format": "prompt_completion", "text_field": "text", "completion_only_loss": True}
+def open_stream(
+    source, tokenizer, window_rows=18, max_length=64, formatting=Formatting("prompt_completion")
+) -> RowStream:
     return RowStream(
-        source,
-        tokenizer,
-        **(settings | options),
-        max_length=max_length,
-        vocab_size=448,
-        window_rows=window_rows,
+        source, tokenizer, formatting, max_length=max_length, vocab_size=448, window_rows=window_rows
     )
 
 
@@ -66,10 +63,9 @@ def test_windows_from_a_place_on_are_those_of_a_stream_that_came_there(rows_file
 
 def test_every_setting_reaches_the_tokens(rows_file, tokenizer):
     source = RowSource(rows_file, streaming=True)
-    stream = open_stream(
-        source, tokenizer, max_length=12, row_format="text", text_field="prompt", completion_only_loss=False
-    )
-    want = tokenize_rows(source, tokenizer, "text", "prompt", False).cut(12)
+    formatting = Formatting("text", "prompt", False)
+    stream = open_stream(source, tokenizer, max_length=12, formatting=formatting)
+    want = tokenize_rows(source, tokenizer, formatting).cut(12)
     window = next(stream.windows())
     assert contents(window.rows) == contents(want)[:18] and window.rows.max_length == 12
 
@@ -115,7 +111,7 @@ def test_a_pass_without_a_usable_row_is_an_error(tmp_path, tokenizer):
 
 def test_a_token_beyond_the_vocabulary_is_an_error(rows_file, tokenizer):
     source = RowSource(rows_file, streaming=True)
-    stream = RowStream(source, tokenizer, "prompt_completion", "text", True, max_length=64, vocab_size=300)
+    stream = RowStream(source, tokenizer, Formatting("prompt_completion"), max_length=64, vocab_size=300)
     assert stream.window_rows == STREAM_WINDOW
     with pytest.raises(InputError, match="the model has only 300 tokens"):
         next(stream.windows())

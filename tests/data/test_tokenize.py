@@ -10,13 +10,14 @@ import pyarrow.parquet
 import pytest
 
 from qlora.data.cache import load_table
+from qlora.data.formatting import Formatting
 from qlora.data.sources import read_rows
 from qlora.data.tokenize import tokenize_batch, tokenize_rows, tokenize_window, write_tokens
 from qlora.errors import InputError
 from tests.conftest import ROWS
 
 USABLE = {"prompt": "What?", "completion": " A leaf."}
-SETTINGS = {"row_format": "prompt_completion", "text_field": "text", "completion_only_loss": True}
+FORMATTING = Formatting("prompt_completion")
 
 
 def located(*rows):
@@ -70,7 +71,7 @@ def test_a_column_that_no_row_has_is_an_error_that_lists_the_columns(tokenizer):
     with pytest.raises(InputError, match=r"\['answer', 'question'\].*'text'"):
         tokenize_rows(located({"question": "a"}, {"answer": "b"}), tokenizer)
     with pytest.raises(InputError, match=r"no column 'body'.*\['text'\]"):
-        tokenize_rows(located({"text": "a"}), tokenizer, "text", text_field="body")
+        tokenize_rows(located({"text": "a"}), tokenizer, Formatting("text", text_field="body"))
 
 
 def test_a_tokenizer_without_eos_is_refused(tokenizer):
@@ -108,7 +109,7 @@ def test_values_that_are_not_text_are_never_trained_as_text(tmp_path, tokenizer)
 def test_a_window_is_tokenized_as_the_whole_data_is(tokenizer):
     rows = located(*ROWS, {**USABLE, "completion": ""})
     whole = tokenize_rows(rows, tokenizer)
-    window = tokenize_window(rows[10:], tokenizer, **SETTINGS)
+    window = tokenize_window(rows[10:], tokenizer, FORMATTING)
     assert contents(window) == contents(whole)[10:] and window.dropped == whole.dropped
 
 
@@ -120,7 +121,7 @@ def test_several_processes_make_the_tokens_that_one_makes(tokenizer, tmp_path):
         "several": {"slice_rows": 35, "rows_per_process": 10, "cores": 3},
     }.items():
         (tmp_path / name).mkdir()
-        tokenize = partial(tokenize_batch, tokenizer=tokenizer, **SETTINGS)
+        tokenize = partial(tokenize_batch, tokenizer=tokenizer, formatting=FORMATTING)
         write_tokens(rows, tokenize, tmp_path / name, tmp_path / f"{name}-scratch", **options)
     assert len(list((tmp_path / "one").glob("*.arrow"))) == 1
     assert len(list((tmp_path / "several").glob("*.arrow"))) == 3 + 1

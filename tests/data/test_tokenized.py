@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from qlora.data.formats import IGNORE_INDEX
+from qlora.data.segments import IGNORE_INDEX
 from qlora.data.tokenize import tokenize_rows
 from qlora.data.tokenized import TokenizedRows, check_vocabulary, hold_out, mix
 from qlora.errors import InputError

@@ -1,6 +1,7 @@
 """What a training depends on: hashes of its base, tokenizer and rows, compared on resume."""
 
 import json
+from datetime import date
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -27,7 +28,11 @@ def resume(tmp_path):
 def test_a_new_run_may_have_any_values():
     fingerprint = Fingerprint(None, {"seed": 1}, allowed=[], sets_shapes=[])
     fingerprint.add(dtype="float32")
-    assert fingerprint.values == {"seed": 1, "dtype": "float32"}
+    assert fingerprint.values == {"today": str(fingerprint.today), "seed": 1, "dtype": "float32"}
+
+
+def test_a_resumed_run_keeps_the_day_on_which_it_began(resume):
+    assert resume({"today": "2024-02-29"}).today == date(2024, 2, 29)
 
 
 def test_all_changes_are_named_with_a_remedy(resume):
