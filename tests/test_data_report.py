@@ -16,7 +16,7 @@ def command(base, rows_file, tmp_path, *flags):
 
 
 def test_the_command_prints_the_report_and_trains_nothing(base, rows_file, tmp_path):
-    result = command(base, rows_file, tmp_path, "--data_report", "--validation_split", "0.1")
+    result = command(base, rows_file, tmp_path, "--data_report", "--validation_split", "4")
     assert result.returncode == 0, result.stderr
     assert "train: 38 rows read = 38 used + 0 dropped" in result.stdout and "⟦" in result.stdout
     assert not (tmp_path / "out").exists()

@@ -504,7 +504,7 @@ def test_a_model_that_is_already_4_bit_keeps_its_quantization(run, base, tmp_pat
     [
         ("--lora_target_modules q_proj nope", "no linear layer named 'nope'"),
         ("--split test", "single file"),
-        ("--validation_split 0.001", "asks for 0 validation"),
+        ("--validation_split 1e-6", "holds out 0 of 42 rows"),
         ("--resume_from_checkpoint nowhere", "is incomplete or corrupt: it has no manifest.json"),
         ("--adapter {base}", "no adapter folder"),
     ],
@@ -682,7 +682,7 @@ def test_losses_match_those_of_the_transformers_trainer(run, base, rows_file, tm
 def test_the_command_line_trains_and_generates(base, rows_file, tmp_path):
     out = str(tmp_path / "out")
     run = {"cwd": ROOT, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
-    flags = "--dtype float32 --max_steps 3 --validation_split 0.1 --report_to wandb".split()
+    flags = "--dtype float32 --max_steps 3 --validation_split 4 --report_to wandb".split()
     argv = [sys.executable, "train.py", "--model", base, "--dataset", rows_file, "--output-dir", out, *flags]
     result = subprocess.run(argv, **run)
     assert result.returncode == 0, result.stderr

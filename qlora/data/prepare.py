@@ -46,16 +46,17 @@ def load_rows(
             formats = ", ".join(part.row_format for part in parts)
             print(f"The datasets have the formats {formats}: generate.py will use the first.")
     max_tokens = choose_max_length(max_length, train_rows.full_lengths, model_config)
-    train_rows = cut_rows(train_rows, max_tokens, model_config.vocab_size)
-
     validation_rows = None
-    if held_out is not None:
+    if held_out is not None:  # before rows are cut: --max_length does not decide which
         train_rows, validation_rows = hold_out(train_rows, held_out, seed)
     elif validation_sources:
         if len(validation_sources) == 1:
             formatting = train_rows.formatting
         parts = [tokenize_source(tokenizer, formatting, source) for source in validation_sources]
-        validation_rows = cut_rows(mix(parts), max_tokens, model_config.vocab_size)
+        validation_rows = mix(parts)
+    train_rows = cut_rows(train_rows, max_tokens, model_config.vocab_size)
+    if validation_rows is not None:
+        validation_rows = cut_rows(validation_rows, max_tokens, model_config.vocab_size)
 
     if weights is not None:  # a source cannot have its share of an epoch without a row
         for number, source in enumerate(train_sources):

@@ -31,7 +31,7 @@ from qlora.data.formatting import Formatting
 from qlora.data.segments import IGNORE_INDEX, DropRow, Segment, encode
 from qlora.data.similarity import SIGNATURE_SIZE, signature
 from qlora.data.sources import LocatedRow
-from qlora.data.tokenized import TokenizedRows
+from qlora.data.tokenized import TokenizedRows, count_dropped
 from qlora.errors import InputError, first_line
 
 SAMPLE_ROWS = 100  # rows that decide the format
@@ -54,6 +54,7 @@ TOKENS = Features(
         "ends_in_eos": Value("bool"),  # in a trained EOS
         "digest": Value("int64"),  # equal for rows with equal tokens
         "notes": List(Value("string")),  # what is not trained as one might expect (formats.row_segments)
+        "row_hash": Value("int64"),  # of the row before tokenization, dropped or not
         "signature": List(Value("uint32"), length=SIGNATURE_SIZE),  # similar for rows with similar text
     }
 )
@@ -178,19 +179,34 @@ def token_columns(
         "largest_id": int(ids.max()),
         "leading_bos": int((ids == bos_id).cumprod().sum()),
         "ends_in_eos": bool(ids[-1] == eos_id and is_trained[-1]),
-        "digest": int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "big", signed=True),
+        "digest": _hash(ids.tobytes()),
+        "row_hash": row_hash(row),
         "notes": notes,
         "signature": signature(row),
     }
 
 
-def _dropped_columns(where: str, reason: str) -> dict:
+def row_hash(row: dict) -> int:
+    """A hash of a row before tokenization, by which rows are held out: equal for rows of equal content.
+
+    Neither the place of the row nor the order of its columns counts. Adapters are saved with such hashes, so
+    it must never change.
+    """
+    return _hash(json.dumps(row, sort_keys=True).encode())
+
+
+def _hash(content: bytes) -> int:
+    """64 bits of a hash, as a signed integer."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def _dropped_columns(where: str, reason: str, row: dict) -> dict:
     """The TOKENS columns of a row that cannot be trained on."""
     empty = dict.fromkeys(TOKENS, 0)
     no_tokens = np.zeros(0, dtype=np.int32)
     return empty | {
         "where": where, "dropped": reason, "input_ids": no_tokens, "trained": no_tokens > 0,
-        "notes": [], "signature": np.zeros(SIGNATURE_SIZE, dtype=np.uint32),
+        "row_hash": row_hash(row), "notes": [], "signature": np.zeros(SIGNATURE_SIZE, dtype=np.uint32),
     }  # fmt: skip
 
 
@@ -219,7 +235,7 @@ def tokenize_batch(batch: dict, tokenizer, formatting: Formatting) -> dict:
                 where, ids, labels, row, notes, tokenizer.bos_token_id, tokenizer.eos_token_id
             )
         except DropRow as reason:
-            values = _dropped_columns(where, str(reason))
+            values = _dropped_columns(where, str(reason), row)
         for name, column in columns.items():
             column.append(values[name])
     return columns
@@ -229,13 +245,11 @@ def _usable_rows(table: Dataset, formatting: Formatting, storage) -> TokenizedRo
     """The usable rows of a table of TOKENS; the others are counted."""
     is_usable = table.data.column("dropped").is_null().to_numpy()
     indices = np.flatnonzero(is_usable)
-    rows = TokenizedRows(
-        table, formatting, indices, np.zeros_like(indices), rows_read=len(table), storage=storage
-    )
-    for row in table.select(np.flatnonzero(~is_usable)).select_columns(["where", "dropped"]):
-        rows.dropped[row["dropped"]] += 1
-        rows.first_dropped.setdefault(row["dropped"], row["where"])
-    return rows
+    dropped, first_dropped = count_dropped(table, ~is_usable)
+    return TokenizedRows(
+        table, formatting, indices, np.zeros_like(indices), rows_read=len(table), storage=storage,
+        dropped=dropped, first_dropped=first_dropped,
+    )  # fmt: skip
 
 
 def _cached_table(

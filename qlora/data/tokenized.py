@@ -17,6 +17,14 @@ from qlora.data.similarity import SIGNATURE_SIZE
 from qlora.errors import InputError
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The rows that a training held out for validation: for each of its datasets, their `row_hash`."""
+
+    amount: float  # --validation_split: below 1 a share, else a number of rows
+    hashes: list[np.ndarray]  # each (rows,) int64, sorted, without repetitions
+
+
 @dataclass
 class TokenizedRows:
     """Usable rows of a table with the columns TOKENS (tokenize.py), cut at `max_length` tokens (None: whole).
@@ -35,6 +43,7 @@ class TokenizedRows:
     first_dropped: dict = field(default_factory=dict)  # reason -> location of the first such row
     lost_lengths: np.ndarray = field(default_factory=partial(np.zeros, 0, int))  # of the rows cut() dropped
     chat_template: str | None = None  # asks as rows of guanaco and llama2 do (formats.turn_template)
+    held_out: "HeldOut | None" = None  # the rows that hold_out() has taken away
     storage: object = None  # keeps the temporary folder of an uncached table alive
 
     @property
@@ -149,10 +158,15 @@ class TokenizedRows:
         return text
 
     def describe_drops(self) -> str:
-        return ", ".join(
-            f"{count:,} {reason}, first: {self.first_dropped[reason]}"
-            for reason, count in self.dropped.most_common()
-        )
+        return describe_drops(self.dropped, self.first_dropped)
+
+
+def describe_drops(dropped: dict[str, int], first_dropped: dict[str, str]) -> str:
+    """How many rows were dropped for each reason, the most frequent first, and where the first of them is."""
+    return ", ".join(
+        f"{count:,} {reason}, first: {first_dropped[reason]}"
+        for reason, count in Counter(dropped).most_common()
+    )
 
 
 def mix(parts: list[TokenizedRows]) -> TokenizedRows:
@@ -174,25 +188,92 @@ def mix(parts: list[TokenizedRows]) -> TokenizedRows:
     )
 
 
-def hold_out(rows: TokenizedRows, amount: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
-    """Split rows at random into (training, validation), each in the original order.
+def count_dropped(table: Dataset, is_counted: np.ndarray) -> tuple[Counter, dict]:
+    """(reason -> number of rows, reason -> location of the first) of the chosen rows of a table of TOKENS."""
+    dropped, first_dropped = Counter(), {}
+    for row in table.select(np.flatnonzero(is_counted)).select_columns(["where", "dropped"]):
+        dropped[row["dropped"]] += 1
+        first_dropped.setdefault(row["dropped"], row["where"])
+    return dropped, first_dropped
 
-    `amount` is a share of the rows below 1, else a number of rows. Dropped rows stay in the training part's
-    counts.
+
+# ---------------------------------------------------------------- held-out rows
+
+
+def hold_out(rows: TokenizedRows, amount: float, seed: int) -> tuple[TokenizedRows, TokenizedRows]:
+    """Split rows into (training, validation), each in the original order.
+
+    Each row has a random number in [0, 2^64) that depends on the seed and its content alone. A share (an
+    `amount` below 1) holds out the rows whose number is below that share of 2^64: no other row can move a row
+    to the other side. A number of rows holds out those with the smallest numbers. Equal rows stay together,
+    so it may be exceeded. Rows that were dropped before stay in the training part's counts. Raises
+    InputError if one part would be empty.
     """
-    count = round(amount * len(rows)) if amount < 1 else int(amount)
+    numbers = _random_numbers(rows.column("row_hash"), seed)
+    if amount < 1:
+        is_held_out = numbers < np.uint64(int(amount * 2**64))
+    else:
+        smallest = np.sort(numbers)[: int(amount)]
+        is_held_out = numbers <= smallest[-1]
+    count = int(is_held_out.sum())
     if not 1 <= count < len(rows):
+        remedy = "give a number of rows" if amount < 1 else "give fewer"
         raise InputError(
-            f"--validation_split {amount:g} asks for {count} validation rows, but there are {len(rows)} rows "
-            "in all and training needs at least one"
+            f"--validation_split {amount:g} holds out {count} of {len(rows)} rows, but training and "
+            f"validation need at least one each: {remedy}"
         )
-    shuffled = np.random.default_rng([seed, 2**32 - 1]).permutation(len(rows))
-    validation, training = np.sort(shuffled[:count]), np.sort(shuffled[count:])
+    held_out = HeldOut(amount, [
+        np.unique(rows.column("row_hash")[is_held_out & (rows.source_ids == source)])
+        for source in range(rows.source_ids.max() + 1)
+    ])  # fmt: skip
     counts = {"dropped": rows.dropped, "first_dropped": rows.first_dropped, "lost_lengths": rows.lost_lengths}
     return (
-        replace(rows.subset(training), rows_read=rows.rows_read - count, **counts),
-        replace(rows.subset(validation), rows_read=count),
-    )
+        replace(
+            rows.subset(np.flatnonzero(~is_held_out)), rows_read=rows.rows_read - count, held_out=held_out,
+            **counts,
+        ),
+        replace(rows.subset(np.flatnonzero(is_held_out)), rows_read=count),
+    )  # fmt: skip
+
+
+def _random_numbers(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """SplitMix64 (Steele et al., OOPSLA 2014) of each hash, (rows,) int64 -> (rows,) uint64.
+
+    Without an adapter's record, the split of an earlier training is repeated with it: it must never change.
+    """
+    numbers = hashes.view(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def find_held_out(rows: TokenizedRows, hashes: list[np.ndarray], name: str) -> TokenizedRows:
+    """The rows that a training held out, among all `rows` of a dataset: found by content, whatever is new.
+
+    `hashes` are HeldOut.hashes. Only dropped rows that were held out stay in the counts. Raises InputError
+    unless all rows that were held out of one of the training's datasets are there, usable or not; `name` is
+    the dataset's in the message.
+    """
+    table_hashes = rows.table.data.column("row_hash").to_numpy()
+    found = [int(np.isin(part, table_hashes).sum()) for part in hashes]
+    if not any(found):
+        raise InputError(
+            f"--validation_split: {name} has none of the {sum(map(len, hashes)):,} rows that the training "
+            "held out: it is other data"
+        )
+    complete = [part for part, count in zip(hashes, found) if count == len(part)]
+    if not any(map(len, complete)):
+        best = max(range(len(hashes)), key=lambda part: found[part] / max(1, len(hashes[part])))
+        raise InputError(
+            f"--validation_split: {name} has only {found[best]:,} of the {len(hashes[best]):,} rows that the "
+            "training held out: it has changed since, or --split leaves some of them out"
+        )
+    is_held_out = np.isin(table_hashes, np.concatenate(complete))
+    is_usable = rows.table.data.column("dropped").is_null().to_numpy()
+    dropped, first_dropped = count_dropped(rows.table, is_held_out & ~is_usable)
+    chosen = rows.subset(np.flatnonzero(is_held_out[rows.indices]))
+    read = len(chosen) + dropped.total()
+    return replace(chosen, rows_read=read, dropped=dropped, first_dropped=first_dropped)
 
 
 def check_vocabulary(rows: TokenizedRows, vocab_size: int) -> None:

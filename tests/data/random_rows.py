@@ -16,7 +16,10 @@ def random_rows(lengths, seed: int = 0) -> TokenizedRows:
     labels = [np.where(generator.random(len(row)) < 0.5, row, IGNORE_INDEX) for row in ids]
     for row_ids, row_labels in zip(ids, labels):
         row_labels[0], row_labels[-1] = IGNORE_INDEX, row_ids[-1]
-    columns = [token_columns("", *pair, {}, [], bos_id=1, eos_id=2) for pair in zip(ids, labels)]
+    columns = [
+        token_columns("", *pair, {"n": number}, [], bos_id=1, eos_id=2)
+        for number, pair in enumerate(zip(ids, labels))
+    ]
     table = Dataset.from_list(columns, features=TOKENS)
     return TokenizedRows(
         table, Formatting("text"), np.arange(len(ids)), np.zeros(len(ids), int), rows_read=len(ids)

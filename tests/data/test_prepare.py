@@ -11,7 +11,7 @@ from qlora.data.prepare import choose_max_length, cut_rows, load_rows, tokenize_
 from qlora.data.sources import RowSource
 from qlora.data.tokenize import tokenize_rows
 from qlora.errors import InputError
-from tests.conftest import ROWS
+from tests.conftest import ROWS, make_tokenizer
 
 MODEL = SimpleNamespace(vocab_size=448, max_position_embeddings=256)
 
@@ -80,10 +80,50 @@ def test_no_usable_row_is_an_error_with_the_reasons(tokenizer, tmp_path):
 # ---------------------------------------------------------------- training and validation rows
 
 
+def sides(tokenizer, path, rows, **options) -> dict[str, str]:
+    """On which side of a split each row of a file is, by its JSON; without those that are dropped."""
+    sources = [write(path, *rows)]
+    training, validation, _ = load(tokenizer, sources, **({"held_out": 0.3, "seed": 3} | options))
+    lines = path.read_text().splitlines()
+    return {
+        lines[int(part.location(row).split()[-1]) - 1]: side
+        for side, part in (("training", training), ("validation", validation))
+        for row in range(len(part))
+    }
+
+
+def test_no_row_changes_sides_because_of_other_rows_lengths_or_tokenizers(tokenizer, tmp_path):
+    """A row that was trained on is never a validation row of another run with the same seed and share."""
+    path = tmp_path / "rows.jsonl"
+    before = sides(tokenizer, path, ROWS)
+    assert len(before) == 42 and 5 < list(before.values()).count("validation") < 20
+    new = [{"prompt": f"New {number}?", "completion": "Yes."} for number in range(30)]
+    empty = {"prompt": "What?", "completion": ""}
+    other = make_tokenizer(["What does a leaf look like?"], vocab_size=300)
+    changes = {
+        "appended": sides(tokenizer, path, [*new[:10], *ROWS, *new[10:]]),
+        "removed": sides(tokenizer, path, ROWS[::-3]),
+        "dropped": sides(tokenizer, path, [empty, *ROWS[5:], empty]),
+        "cut": sides(tokenizer, path, ROWS, max_length="10"),
+        "tokenizer": sides(other, path, ROWS),
+        "format": sides(tokenizer, path, ROWS, row_format="text", text_field="prompt"),
+    }
+    assert [len(after) for after in changes.values()][:3] == [72, 14, 37]
+    assert 5 < len(changes["cut"]) < 42  # prompts of 10 tokens or more are dropped
+    for change, after in changes.items():
+        common = before.keys() & after.keys()
+        assert len(common) >= 14 and {line: after[line] for line in common} == {
+            line: before[line] for line in common
+        }, change
+    assert sides(tokenizer, path, ROWS, seed=4) != before
+    ten, cut = (sides(tokenizer, path, ROWS, held_out=10, max_length=length) for length in ("256", "10"))
+    assert len(cut) < 42 and cut == {line: ten[line] for line in cut}
+
+
 def test_validation_rows_are_held_out_or_come_from_sources_of_their_own(tokenizer, rows_file, tmp_path):
     train_rows, validation_rows, _ = load(tokenizer, [RowSource(rows_file)])
     assert len(train_rows) == 42 and validation_rows is None
-    train_rows, validation_rows, _ = load(tokenizer, [RowSource(rows_file)], held_out=0.25, seed=3)
+    train_rows, validation_rows, _ = load(tokenizer, [RowSource(rows_file)], held_out=10, seed=3)
     assert (len(train_rows), len(validation_rows)) == (32, 10)
     train_rows, validation_rows, _ = load(
         tokenizer, [RowSource(rows_file)], [write(tmp_path / "other.jsonl", *ROWS[:5])], max_length="24"

@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import hashlib
 from collections import Counter
 from functools import partial
 
@@ -12,7 +13,7 @@ import pytest
 from qlora.data.cache import load_table
 from qlora.data.formatting import Formatting
 from qlora.data.sources import read_rows
-from qlora.data.tokenize import tokenize_batch, tokenize_rows, tokenize_window, write_tokens
+from qlora.data.tokenize import row_hash, tokenize_batch, tokenize_rows, tokenize_window, write_tokens
 from qlora.errors import InputError
 from tests.conftest import ROWS
 
@@ -111,6 +112,17 @@ def test_a_window_is_tokenized_as_the_whole_data_is(tokenizer):
     whole = tokenize_rows(rows, tokenizer)
     window = tokenize_window(rows[10:], tokenizer, FORMATTING)
     assert contents(window) == contents(whole)[10:] and window.dropped == whole.dropped
+
+
+def test_a_row_has_the_hash_of_its_content_wherever_it_is_and_even_if_it_is_dropped(tokenizer):
+    """blake2b of its JSON with sorted keys, written out here: adapters are saved with these hashes."""
+    want = []
+    for text in (b'{"completion": " A leaf.", "prompt": "What?"}', b'{"completion": "", "prompt": "What?"}'):
+        want.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True))
+    assert row_hash(USABLE) == row_hash(dict(reversed(USABLE.items()))) == want[0]
+    rows = tokenize_rows(located({**USABLE, "completion": ""}, USABLE, USABLE), tokenizer)
+    assert rows.table["row_hash"][:] == [want[1], want[0], want[0]]
+    assert len(rows) == 2 and rows.column("row_hash").tolist() == [want[0]] * 2
 
 
 def test_several_processes_make_the_tokens_that_one_makes(tokenizer, tmp_path):
