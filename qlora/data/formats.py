@@ -130,6 +130,16 @@ def prompt_segments(row: dict, formatting: Formatting, tokenizer) -> list[Segmen
     return segments[:-1] if len(segments) > 1 and segments[-1][1] else segments
 
 
+def ends_in_answer(row: dict, formatting: Formatting, tokenizer) -> bool:
+    """Whether a row ends in one answer to the prompt that prompt_segments() writes. Raises DropRow."""
+    if formatting.row_format == "messages":
+        roles = [message["role"] for message in read_chat(row).messages]
+        return roles[-1:] == ["assistant"] and roles[-2:-1] not in ([], ["assistant"])
+    if formatting.row_format in ("alpaca", "prompt_completion"):
+        return True
+    return _text_segments(_text(row, formatting.text_field), formatting.row_format, tokenizer)[-1][1]
+
+
 def chat_segments(messages: list[dict], formatting: Formatting, tokenizer) -> list[Segment]:
     """Write a chat as the prompt for its next answer; `messages` are {"role", "content"}, the user's last.
 
@@ -220,7 +230,7 @@ def _text_segments(text: str, row_format: str, tokenizer) -> list[Segment]:
         segments.append((text[position : answer.start(1)], False))
         segments.append((text[answer.start(1) : answer.end()], True))
         position = answer.end()
-    if position < len(text):
+    if text[position:].strip():
         segments.append((text[position:], False))
     if row_format == "llama2":  # its <s> and </s> stand for this tokenizer's BOS and EOS
         bos, eos = tokenizer.bos_token or "", tokenizer.eos_token

@@ -5,7 +5,14 @@ from tokenizers import processors
 
 from qlora.data.batch import collate
 from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
-from qlora.data.formats import chat_segments, detect_format, prompt_segments, row_segments, starts_with_bos
+from qlora.data.formats import (
+    chat_segments,
+    detect_format,
+    ends_in_answer,
+    prompt_segments,
+    row_segments,
+    starts_with_bos,
+)
 from qlora.data.formatting import Formatting
 from qlora.data.segments import IGNORE_INDEX, PLAIN_END, PLAIN_START, DropRow, encode
 from qlora.data.tokenize import tokenize_rows
@@ -349,6 +356,31 @@ def test_only_the_answers_at_the_end_are_left_out_of_a_prompt(tokenizer, answere
     assert prompt_segments(row, Formatting("messages"), tokenizer) == expected
     assert prompt_segments({"messages": question}, Formatting("messages"), tokenizer) == expected
     assert expected[-1][0].endswith("user\nSure?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("end", ["\n", " \n\n"])
+def test_a_prompt_has_no_answer_even_if_whitespace_follows_its_end_token(tokenizer, end):
+    row = {"text": f"<s>[INST] What? [/INST] A leaf. </s>{end}"}
+    assert prompt_segments(row, Formatting("llama2"), tokenizer) == [("<s>[INST] What? [/INST]", False)]
+    assert ends_in_answer(row, Formatting("llama2"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "row_format, row, is_answered",
+    [
+        ("messages", {"messages": turns("What?", "A leaf.")}, True),
+        ("messages", {"messages": turns("What?", "A leaf.", "Sure?")}, False),
+        ("messages", {"messages": [*turns("What?", "A leaf."), turns("", "Yes.")[1]]}, False),
+        ("messages", {"messages": turns("What?", "A leaf.")[1:]}, False),
+        ("messages", {"messages": []}, False),
+        ("guanaco", {"text": "### Human: What?### Assistant: A leaf."}, True),
+        ("guanaco", {"text": "### Human: What?### Assistant: A leaf.### Human: Sure?"}, False),
+        ("llama2", {"text": "<s>[INST] What? [/INST] A leaf. </s><s>[INST] Sure? [/INST]"}, False),
+        ("alpaca", {"instruction": "What?", "output": "A leaf."}, True),
+    ],
+)
+def test_a_row_ends_in_an_answer_if_exactly_one_follows_its_prompt(tokenizer, row_format, row, is_answered):
+    assert ends_in_answer(row, Formatting(row_format), tokenizer) == is_answered
 
 
 def test_an_alpaca_chat_asks_the_last_question_only(tokenizer):
