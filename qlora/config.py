@@ -15,6 +15,7 @@ from qlora.errors import InputError
 from qlora.flags import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, SEED, Flags, Limit, flag, flag_names
 
 ComputeType = Literal["float16", "bfloat16", "float32"]
+AS_TRAINED = "as_trained"  # --validation_split of qlora.evaluate without a value
 RowFormat = Literal["auto", "text", "guanaco", "llama2", "alpaca", "prompt_completion", "messages"]
 
 # The formatter would give each piece of metadata a line of its own.
@@ -264,7 +265,7 @@ class TrainConfig(Flags):
     )
     seed: int = flag(
         42, "Seed of the LoRA initialization, the row order, the held-out rows and dropout.",
-        limit=SEED, kept_as="validation_seed",
+        limit=SEED,
     )
     full_determinism: bool = flag(
         False,
@@ -644,13 +645,14 @@ class EvaluateConfig(AdapterFlags):
     split: str = flag("train", "Split of --dataset.", needs="--dataset")
     validation_split: str | None = flag(
         None,
-        "Of --dataset, only the rows that train.py held out of it with the same --validation_split: a share "
-        "(0.05, 5%%) or a number of rows.",
-        needs="--dataset",
+        "Of --dataset, only the rows that the adapter's training held out. Their hashes are saved with the "
+        "adapter, so no value is needed; one that is given must be the training's. Without --adapter: the "
+        "rows that train.py would hold out, a share (0.05, 5%%) or a number of rows.",
+        needs="--dataset", bare_value=AS_TRAINED,
     )
     validation_seed: int = flag(
-        42, "The training's --seed. Default: as in the training, if known.",
-        limit=SEED, needs="--validation_split",
+        42, "Without --adapter: the --seed with which train.py would hold them out.",
+        limit=SEED, needs="--validation_split", excludes="--adapter, whose held-out rows are known",
     )
     dataset_format: RowFormat = flag(
         "auto", "Row format. For this and the next five, the adapter's training sets the default.",
@@ -718,7 +720,12 @@ class EvaluateConfig(AdapterFlags):
         _check_max_length(self.max_length)
         for name in ("split", "general_split", "prompts_split"):
             _check_split(name, getattr(self, name))
-        if self.validation_split and not (self.held_out or 0) > 0:
+        if self.validation_split == AS_TRAINED:
+            if not self.adapter:
+                raise ValueError(
+                    "--validation_split without --adapter needs a value: a share or a number of rows"
+                )
+        elif self.validation_split and not (self.held_out or 0) > 0:
             raise ValueError(
                 f"--validation_split must be a share or a number of rows, not {self.validation_split}"
             )
@@ -744,7 +751,7 @@ class EvaluateConfig(AdapterFlags):
 
     @property
     def held_out(self) -> float | None:
-        """--validation_split as an amount: below 1 a share, else rows."""
+        """--validation_split as an amount (below 1 a share, else rows); None if it has no value."""
         return _amount(self.validation_split or "")
 
 

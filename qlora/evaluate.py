@@ -7,31 +7,33 @@ EvaluateConfig in qlora/config.py.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from qlora.commands import choose_device, load_base_for, parse_for_adapter
 from qlora.config import EvaluateConfig
-from qlora.data.formats import row_segments
+from qlora.data.formats import ends_in_answer, row_segments, starts_with_bos
 from qlora.data.formatting import Formatting
 from qlora.data.prepare import choose_max_length, cut_rows, tokenize_source
-from qlora.data.segments import DropRow, without_marks
+from qlora.data.segments import IGNORE_INDEX, DropRow, encode
 from qlora.data.sources import RowSource, read_rows
 from qlora.data.tokenize import SAMPLE_ROWS, checked_format
-from qlora.data.tokenized import TokenizedRows, hold_out
+from qlora.data.tokenized import TokenizedRows, describe_drops, find_held_out, hold_out
 from qlora.errors import InputError
 from qlora.evaluation.quantization import describe_quantization, quantization_report
 from qlora.evaluation.scores import import_codebleu, score
 from qlora.evaluation.validation import Validation
-from qlora.model.adapter import load_adapter
+from qlora.model.adapter import load_adapter, load_held_out
 from qlora.model.base import load_config, load_tokenizer
 from qlora.model.forward import choose_hidden_states
-from qlora.model.generation import PromptWriter, generate_batches, read_prompts, room_for_prompt
+from qlora.model.generation import PromptWriter, generate_batches, room_for_prompt
 from qlora.run.files import check_output_file, make_folder, replace_file
 from qlora.run.metrics import perplexity
 from qlora.run.screen import side_by_side, table
@@ -84,22 +86,26 @@ def save(report: dict, output_file: Path) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> dict:
-    """All results for JSON: {"base": {name: value}, "tuned": ..., "answers": [...]}. Raises InputError."""
+    """All results for JSON. Raises InputError.
+
+    {"base": {name: value}, "tuned": ..., "answers": [...], "rows": {flag: what became of its rows}}
+    """
     # Rows and prompts before the model: an invalid row should not cost the minutes that loading takes.
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code, config.chat_template)
     model_config = load_config(config.model, config.trust_remote_code).get_text_config()
-    rows = {}
+    rows, counts, tasks = {}, {}, []
     if config.dataset:
-        rows["loss"] = dataset_rows(config, tokenizer, model_config)
+        rows["loss"], counts["dataset"] = dataset_rows(config, tokenizer, model_config)
     if config.general_dataset:
-        rows["general_loss"] = general_rows(config, tokenizer, model_config)
-    tasks = read_tasks(config, tokenizer, model_config) if config.prompts_file else []
+        rows["general_loss"], counts["general_dataset"] = general_rows(config, tokenizer, model_config)
+    if config.prompts_file:
+        tasks, counts["prompts_file"] = read_tasks(config, tokenizer, model_config)
     if config.code:
         import_codebleu()  # fails here if it is not installed
 
     _, autocast = choose_device(getattr(torch, config.dtype))
     model = load_base_for(config, config.load_in_4bit)
-    report = {"model": config.model, "adapter": config.adapter}
+    report = {"model": config.model, "adapter": config.adapter, "rows": counts}
     answers = [{"prompt": task.prompt, "reference": task.reference} for task in tasks]
     for name in ("base", "tuned") if config.adapter else ("base",):
         if name == "tuned":
@@ -120,29 +126,57 @@ def evaluate(config: EvaluateConfig) -> dict:
     return report | {"answers": answers}
 
 
-def dataset_rows(config: EvaluateConfig, tokenizer, model_config) -> TokenizedRows:
-    """The rows of --dataset, or only those that the training held out."""
+def dataset_rows(config: EvaluateConfig, tokenizer, model_config) -> tuple[TokenizedRows, dict]:
+    """The rows of --dataset, or only those that the training held out, and what became of all of them."""
+    held_out = trained_without(config) if config.validation_split and config.adapter else None
     source = RowSource(config.dataset, config.split, config.dataset_config)
     rows = tokenize_source(tokenizer, config.formatting(), source)
-    rows = truncate(rows, config.max_length, model_config)
-    return hold_out(rows, config.held_out, config.validation_seed)[1] if config.held_out else rows
+    read = rows.rows_read
+    max_length = choose_max_length(config.max_length, rows.full_lengths, model_config)
+    if config.validation_split:
+        if held_out is None:  # no adapter to ask: the rule by which train.py would hold rows out
+            training, _ = hold_out(rows, config.held_out, config.validation_seed)
+            held_out = training.held_out.hashes
+        rows = find_held_out(rows, held_out, f"--dataset {config.dataset}")
+    rows = cut_rows(rows, max_length, model_config.vocab_size)
+    return rows, count_rows(rows, read)
 
 
-def general_rows(config: EvaluateConfig, tokenizer, model_config) -> TokenizedRows:
-    """The rows of --general_dataset, as plain text."""
+def trained_without(config: EvaluateConfig) -> list[np.ndarray]:
+    """The hashes of the rows that the adapter's training held out, of each of its datasets."""
+    amount, hashes = load_held_out(config.adapter)
+    if config.held_out is not None and not math.isclose(config.held_out, amount):
+        raise InputError(
+            f"--validation_split {config.validation_split}: the training of {config.adapter} held out "
+            f"{amount:g}: give that, or no value"
+        )
+    return [np.array(part, dtype=np.int64) for part in hashes]
+
+
+def general_rows(config: EvaluateConfig, tokenizer, model_config) -> tuple[TokenizedRows, dict]:
+    """The rows of --general_dataset, as plain text, and what became of them."""
     source = RowSource(config.general_dataset, config.general_split, config.general_dataset_config)
     formatting = Formatting("text", config.general_text_field, completion_only_loss=False)
     rows = tokenize_source(tokenizer, formatting, source)
-    return truncate(rows, config.max_length, model_config)
+    max_length = choose_max_length(config.max_length, rows.full_lengths, model_config)
+    rows = cut_rows(rows, max_length, model_config.vocab_size)
+    return rows, count_rows(rows, rows.rows_read)
 
 
-def truncate(rows: TokenizedRows, max_length: str, model_config) -> TokenizedRows:
-    length = choose_max_length(max_length, rows.full_lengths, model_config)
-    return cut_rows(rows, length, model_config.vocab_size)
+def count_rows(rows: TokenizedRows, read: int) -> dict:
+    """What became of the `read` rows of a dataset: read = used + dropped + not_held_out."""
+    return {
+        "read": read,
+        "used": len(rows),
+        "dropped": dict(rows.dropped),
+        "first_dropped": rows.first_dropped,
+        "not_held_out": read - rows.rows_read,
+        "cut": rows.answers_cut,
+    }
 
 
-def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> list[Task]:
-    """The rows of --prompts_file; raises InputError if one has no reference answer."""
+def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> tuple[list[Task], dict]:
+    """The rows of --prompts_file, and what became of them. Raises InputError if no row has an answer."""
     formatting = config.formatting()
     if formatting.row_format == "auto":
         sample = [row for _, row in islice(read_rows(config.prompts_file, config.prompts_split), SAMPLE_ROWS)]
@@ -153,17 +187,37 @@ def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> list[Task]:
         )
     room = room_for_prompt(model_config, config.max_new_tokens, "max_new_tokens")
     writer = PromptWriter(tokenizer, formatting, max_tokens=room)
-    tasks = []
-    for where, row, ids in read_prompts(config.prompts_file, writer, config.prompts_split):
+    tasks, dropped, first_dropped = [], Counter(), {}
+    for where, row in read_rows(config.prompts_file, config.prompts_split):
         try:
-            segments, _ = row_segments(row, formatting, tokenizer)
+            reference = reference_answer(row, formatting, tokenizer)
         except DropRow as reason:
-            raise InputError(f"{where} has no reference answer: {reason}") from reason
-        reference = without_marks(segments[-1][0]).replace(tokenizer.eos_token, "").strip()
+            dropped[str(reason)] += 1
+            first_dropped.setdefault(str(reason), where)
+            continue
+        ids = writer.row(row, where)
         tasks.append(Task(tokenizer.decode(ids, skip_special_tokens=True), ids, reference))
     if not tasks:
-        raise InputError(f"--prompts_file {config.prompts_file} has no rows")
-    return tasks
+        raise InputError(
+            f"--prompts_file {config.prompts_file} has no row with a reference answer: "
+            f"{describe_drops(dropped, first_dropped)}"
+        )
+    read = len(tasks) + dropped.total()
+    return tasks, {
+        "read": read, "used": len(tasks), "dropped": dict(dropped), "first_dropped": first_dropped,
+        "not_held_out": 0, "cut": 0,  # a prompt that is too long is an error
+    }  # fmt: skip
+
+
+def reference_answer(row: dict, formatting: Formatting, tokenizer) -> str:
+    """The answer that a row ends in, decoded from its tokens as the model's answers are. Raises DropRow."""
+    if not ends_in_answer(row, formatting, tokenizer):
+        raise DropRow("no answer to its last question")
+    segments, _ = row_segments(row, formatting, tokenizer)
+    ids, labels = encode(segments, starts_with_bos(formatting.row_format, tokenizer), tokenizer)
+    trained = np.flatnonzero(np.array(labels) != IGNORE_INDEX)
+    *_, answer = np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1)  # runs of consecutive tokens
+    return tokenizer.decode(ids[answer[0] : answer[-1] + 1], skip_special_tokens=True).strip()
 
 
 def mean_loss(
@@ -194,14 +248,26 @@ def answer_tasks(
 
 
 def describe(report: dict) -> str:
-    """A table of the values for the base and the tuned model."""
+    """What became of the rows, and a table of the values for the base and the tuned model."""
+    lines = [f"--{flag}: {describe_counts(counts)}" for flag, counts in report.get("rows", {}).items()]
     columns = [name for name in ("base", "tuned") if name in report]
     rows = [["", *columns]]
     for value_name in report["base"]:
         style = ".4f" if "loss" in value_name or "perplexity" in value_name else ".1%"
         values = [report[column][value_name] for column in columns]
         rows.append([value_name, *("none" if value is None else f"{value:{style}}" for value in values)])
-    return table(rows)
+    return "\n".join([*lines, table(rows)])
+
+
+def describe_counts(counts: dict) -> str:
+    """What became of some rows, in one line."""
+    dropped = sum(counts["dropped"].values())
+    text = f"{counts['read']:,} rows read = {counts['used']:,} used + {dropped:,} dropped"
+    if dropped:
+        text += f" ({describe_drops(counts['dropped'], counts['first_dropped'])})"
+    if counts["not_held_out"]:
+        text += f" + {counts['not_held_out']:,} not held out"
+    return text + (f"; {counts['cut']:,} cut at --max_length" if counts["cut"] else "")
 
 
 if __name__ == "__main__":

@@ -469,7 +469,7 @@ def test_a_flag_is_refused_without_the_flag_that_it_needs(capsys, config_class, 
 
 @pytest.mark.parametrize("config_class, name, excluded", conditional_flags("excludes"))
 def test_a_flag_is_refused_beside_a_flag_that_it_excludes(capsys, config_class, name, excluded):
-    argv = [f"--{name}", a_value(config_class, name)]
+    argv = setting(config_class, name)
     parse(config_class, *argv)
     for other in excluded:
         both = [*argv, f"--{other}", a_value(config_class, other)]
@@ -514,15 +514,15 @@ def test_paths_and_names_of_places_are_not_on_the_model_card():
 
 
 def test_the_settings_kept_beside_an_adapter_are_flags_of_the_commands_that_take_them():
-    kept = parse(TrainConfig, "--seed", "7", "--max_length", "64", "--dtype", "bfloat16").kept_settings()
+    kept = parse(TrainConfig, "--max_length", "64", "--dtype", "bfloat16").kept_settings()
     assert list(kept) == KEPT_SETTINGS and len(set(KEPT_SETTINGS)) == len(KEPT_SETTINGS)
-    assert (kept["validation_seed"], kept["max_length"], kept["dtype"]) == (7, "64", "bfloat16")
+    assert (kept["max_length"], kept["dtype"]) == ("64", "bfloat16")
     types_of = {config_class: typing.get_type_hints(config_class) for config_class in CLASSES}
     assert set(kept) <= types_of[EvaluateConfig].keys()
     for config_class in (GenerateConfig, EvaluateConfig, MergeConfig):
         shared = kept.keys() & types_of[config_class].keys()
         assert {"dtype", "load_in_4bit", "dataset_format", "dataset_text_field"} <= shared
-        for name in shared - {"validation_seed"}:  # the training's --seed
+        for name in shared:
             assert types_of[config_class][name] == types_of[TrainConfig][name]
 
 

@@ -1,8 +1,10 @@
 """python -m qlora.evaluate: the base with and without its adapter, their answers, quantization errors."""
 
+import hashlib
 import io
 import json
 import math
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,16 +32,124 @@ def run_evaluate(tmp_path, capsys):
     return run_evaluate
 
 
-def test_the_loss_on_held_out_rows_is_the_one_logged_in_training(run, base, rows_file, run_evaluate):
+@pytest.fixture
+def write_rows(tmp_path):
+    """Write rows to a jsonl file; returns its path."""
+
+    def write_rows(rows: list[dict], name: str = "rows.jsonl") -> str:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / name)
+
+    return write_rows
+
+
+@pytest.mark.parametrize("value", [["0.2"], []])
+def test_the_loss_on_held_out_rows_is_the_one_logged_in_training(run, base, rows_file, run_evaluate, value):
     flags = "--max_steps 4 --validation_split 0.2 --seed 7 --max_length 24 --no_completion_only_loss"
     _, folder = run(flags)
     logged = [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line][-1]
-    held_out = "--validation_split", "0.2"  # the seed is saved with the adapter
+    held_out = "--validation_split", *value  # the rows' hashes are saved with the adapter
     report, output = run_evaluate("--model", base, "--adapter", folder, "--dataset", rows_file, *held_out)
     assert report["tuned"]["loss"] == pytest.approx(logged, rel=1e-6)
     assert report["tuned"]["perplexity"] == pytest.approx(math.exp(logged), rel=1e-6)
     assert report["base"]["loss"] > report["tuned"]["loss"] + 0.01
     assert f"{report['base']['loss']:.4f}" in output and f"{logged:.4f}" in output
+
+
+def hash_of(row: dict) -> int:
+    text = json.dumps(row, sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def held_out_rows(folder: Path) -> list[list[dict]]:
+    """The rows whose hashes are kept beside an adapter, of each dataset, if they are among ROWS."""
+    record = json.loads((folder / "held_out_rows.json").read_text())
+    return [[row for row in ROWS if hash_of(row) in hashes] for hashes in record["row_hashes"]]
+
+
+def test_the_hashes_of_the_held_out_rows_are_kept_with_the_adapter(run):
+    _, folder = run("--max_steps 2 --save_steps 1 --validation_split 9 --overwrite_output_dir")
+    kept = (folder / "held_out_rows.json").read_bytes()
+    assert json.loads(kept)["validation_split"] == 9
+    assert [len(rows) for rows in held_out_rows(folder)] == [9]
+    for step in (1, 2):
+        assert (folder / f"checkpoint-{step}" / "held_out_rows.json").read_bytes() == kept
+    assert "held_out" not in (folder / "generate_defaults.json").read_text()
+    _, folder = run("--max_steps 1 --overwrite_output_dir")
+    assert not list(folder.rglob("held_out_rows.json"))  # that of the earlier run does not stay
+
+
+def test_held_out_rows_are_found_whatever_was_added_and_whatever_the_length(
+    run, base, run_evaluate, write_rows
+):
+    _, folder = run("--max_steps 4 --validation_split 0.2 --max_length 64")
+    logged = [line["eval_loss"] for line in metrics(folder) if "eval_loss" in line][-1]
+    (held_out,) = held_out_rows(folder)
+    new = [{"prompt": f"New {number}?", "completion": "Yes."} for number in range(40)]
+    flags = "--model", base, "--adapter", folder, "--validation_split", "--dataset"
+    report, output = run_evaluate(*flags, write_rows([*new, *reversed(ROWS)]), "--max_length", "max")
+    assert report["tuned"]["loss"] == pytest.approx(logged, rel=1e-6)
+    counts = report["rows"]["dataset"]
+    assert counts == {
+        "read": 82, "used": len(held_out), "dropped": {}, "first_dropped": {}, "cut": 0,
+        "not_held_out": 82 - len(held_out),
+    }  # fmt: skip
+    line = f"82 rows read = {len(held_out)} used + 0 dropped + {82 - len(held_out)} not held out"
+    assert f"--dataset: {line}" in output
+
+
+def test_a_held_out_row_that_other_flags_drop_is_counted(run, base, rows_file, run_evaluate):
+    _, folder = run("--max_steps 1 --validation_split 0.3 --max_length 64")
+    (held_out,) = held_out_rows(folder)
+    tokenizer = load_tokenizer(base)
+    lost = [row for row in held_out if len(tokenizer(row["prompt"])["input_ids"]) >= 10]
+    assert 0 < len(lost) < len(held_out)
+    flags = "--model", base, "--adapter", folder, "--dataset", rows_file, "--validation_split"
+    report, output = run_evaluate(*flags, "--max_length", "10")
+    counts = report["rows"]["dataset"]
+    assert counts["dropped"] == {"prompt fills --max_length": len(lost)}
+    assert counts["first_dropped"]["prompt fills --max_length"].startswith(rows_file)
+    assert counts["used"] == counts["cut"] == len(held_out) - len(lost)
+    assert f"{len(lost)} dropped ({len(lost)} prompt fills --max_length, first: {rows_file} line" in output
+
+
+def test_the_held_out_rows_of_each_of_several_datasets_are_found(run, base, run_evaluate, write_rows):
+    files = [write_rows(ROWS[:25], "a.jsonl"), write_rows(ROWS[25:], "b.jsonl")]
+    _, folder = run("--max_steps 1 --validation_split 0.3 --dataset", *files)
+    used = []
+    for file in files:
+        flags = "--model", base, "--adapter", folder, "--dataset", file, "--validation_split"
+        report, _ = run_evaluate(*flags)
+        used.append(report["rows"]["dataset"]["used"])
+    assert used == [len(rows) for rows in held_out_rows(folder)] and min(used) > 0
+
+
+def test_held_out_rows_that_do_not_match_the_adapter_are_refused(
+    run, base, rows_file, run_evaluate, write_rows
+):
+    _, folder = run("--max_steps 1 --validation_split 0.3")
+    _, without = run("--max_steps 1", out="without")
+    (held_out,) = held_out_rows(folder)
+    total = len(held_out)
+    changed = write_rows([row if row not in held_out[:2] else {**row, "prompt": "Hm?"} for row in ROWS])
+    other = write_rows([{"prompt": "What?", "completion": "A leaf."}], "other.jsonl")
+    for adapter, flags, message in (
+        (folder, ["--dataset", changed], f"{changed} has only {total - 2} of the {total} rows"),
+        (folder, ["--dataset", rows_file, "--split", "train[:50%]"], f"of the {total} rows .* or --split"),
+        (folder, ["--dataset", other], f"{other} has none of the {total} rows"),
+        (folder, ["--dataset", rows_file, "--validation_split", "0.2"], "held out 0.3: give that, or no"),
+        (without, ["--dataset", rows_file], "has no held_out_rows.json: its training held no rows out"),
+    ):
+        with pytest.raises(SystemExit, match=f"--validation_split.*{message}"):
+            run_evaluate("--model", base, "--adapter", adapter, "--validation_split", *flags)
+
+
+def test_without_an_adapter_rows_are_held_out_by_the_rule_of_the_training(run, base, rows_file, run_evaluate):
+    _, folder = run("--max_steps 1 --validation_split 0.2 --seed 7")
+    alone = "--model", base, "--dataset", rows_file, "--dtype", "float32", "--max_length", "512"
+    report, _ = run_evaluate(*alone, "--validation_split", "0.2", "--validation_seed", "7")
+    with_adapter, _ = run_evaluate(*alone, "--adapter", folder, "--validation_split")
+    assert report["base"] == with_adapter["base"] and report["rows"] == with_adapter["rows"]
 
 
 def test_the_base_is_the_model_without_its_adapter(base, adapter, rows_file, run_evaluate):
@@ -82,6 +192,92 @@ def test_answers_of_base_and_tuned_model_are_scored_against_their_references(
     assert report["tuned"]["exact_match"] > 0.5 > report["base"]["exact_match"]
     assert output.count(" base: ") == output.count("tuned: ") == 2
     assert f"tuned: {answers[1]['tuned']}" in output
+
+
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else 'user' %}"
+    "<start_of_turn>{{ role }}\n{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+@pytest.fixture
+def gemma(base, tmp_path) -> str:
+    """The base with Gemma's chat template and the special tokens in it."""
+    folder = shutil.copytree(base, tmp_path / "gemma")
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    tokenizer.chat_template = GEMMA
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def chat(*contents: str) -> dict:
+    """User and assistant in turn."""
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)]}
+
+
+def test_a_reference_has_no_token_that_is_left_out_of_answers(gemma, run_evaluate, write_rows):
+    """Neither the end of a turn, which is not EOS here, nor what stands before the last answer."""
+    rows = [chat("What?", "A leaf."), chat("What?", "A leaf.", "Sure?", "Yes,\n  a leaf.")]
+    flags = "--prompts_file", write_rows(rows), "--max_new_tokens", 2
+    report, _ = run_evaluate("--model", gemma, *flags)
+    assert [answer["reference"] for answer in report["answers"]] == ["A leaf.", "Yes,\n  a leaf."]
+
+
+def test_an_answer_learned_by_heart_is_an_exact_match_in_a_chat(gemma, run, run_evaluate, write_rows):
+    data = write_rows([chat("What is it?", "A leaf.")] * 4)
+    flags = "--max_steps 30 --learning_rate 1e-2 --lora_target_modules all-linear"
+    _, folder = run(flags, model=gemma, dataset=data)
+    flags = "--adapter", folder, "--prompts_file", data, "--max_new_tokens", 12
+    report, _ = run_evaluate("--model", gemma, *flags)
+    assert (report["base"]["exact_match"], report["tuned"]["exact_match"]) == (0, 1)
+
+
+def test_rows_without_a_reference_are_dropped_and_counted(gemma, run_evaluate, write_rows):
+    rows = [
+        chat("What?", "A leaf."), chat("What?", "A leaf.", "Sure?"), chat("What?", "Yes.", "Really?"),
+        chat("What?", " "), {"messages": "What?"},
+    ]  # fmt: skip
+    file = write_rows(rows)
+    report, output = run_evaluate("--model", gemma, "--prompts_file", file, "--max_new_tokens", 2)
+    assert [answer["reference"] for answer in report["answers"]] == ["A leaf."]
+    counts = report["rows"]["prompts_file"]
+    dropped = {
+        "no answer to its last question": 2, "empty response": 1, "'messages' is not a list of messages": 1,
+    }  # fmt: skip
+    assert (counts["read"], counts["used"], counts["dropped"]) == (5, 1, dropped)
+    assert counts["first_dropped"]["no answer to its last question"] == f"{file} line 2"
+    line = "5 rows read = 1 used + 4 dropped (2 no answer to its last question, first: "
+    assert f"--prompts_file: {line}{file} line 2, 1 empty response, first: {file} line 4, 1 " in output
+    with pytest.raises(SystemExit, match="no row with a reference answer: 2 no answer to its last question"):
+        run_evaluate("--model", gemma, "--prompts_file", write_rows(rows[1:3]), "--max_new_tokens", 2)
+
+
+def test_what_became_of_the_rows_of_each_file_is_printed_and_written(base, run_evaluate, write_rows):
+    usable, empty = {"prompt": "What?", "completion": "A leaf."}, {"prompt": "What?", "completion": ""}
+    data = write_rows([usable, empty, {"prompt": "What?", "completion": "leaf " * 60}])
+    texts = ["A leaf.", "leaf " * 60, "leaf " * 70, ""]
+    general = write_rows([{"text": text} for text in texts], "general.jsonl")
+    flags = "--dataset", data, "--general_dataset", general, "--prompts_file", data, "--max_new_tokens", 2
+    report, output = run_evaluate("--model", base, *flags, "--max_length", "24")
+    rows = report["rows"]
+    numbers = {flag: [counts[name] for name in ("read", "used", "cut")] for flag, counts in rows.items()}
+    assert numbers == {"dataset": [3, 2, 1], "general_dataset": [4, 3, 2], "prompts_file": [3, 2, 0]}
+    dropped = {flag: counts["dropped"] for flag, counts in rows.items()}
+    assert dropped == {
+        "dataset": {"empty response": 1}, "general_dataset": {"empty text": 1},
+        "prompts_file": {"empty response": 1},
+    }  # fmt: skip
+    assert output.splitlines()[:3] == [
+        f"--dataset: 3 rows read = 2 used + 1 dropped (1 empty response, first: {data} line 2); "
+        "1 cut at --max_length",
+        f"--general_dataset: 4 rows read = 3 used + 1 dropped (1 empty text, first: {general} line 4); "
+        "2 cut at --max_length",
+        f"--prompts_file: 3 rows read = 2 used + 1 dropped (1 empty response, first: {data} line 2)",
+    ]
 
 
 def test_references_have_no_end_of_sequence_token(base, tmp_path, run_evaluate):
@@ -163,7 +359,12 @@ def test_the_quantization_report_has_the_error_of_bitsandbytes(base, run_evaluat
         ("--quantization m --dataset d", "--dataset cannot be used with --quantization"),
         ("--model m --dataset d --code", "--code needs --prompts_file"),
         ("--model m --dataset d --validation_split test", "--validation_split must be a share or a number"),
+        ("--model m --dataset d --validation_split", "--validation_split without --adapter needs a value"),
         ("--model m --dataset d --validation_seed 3", "--validation_seed needs --validation_split"),
+        (
+            "--model m --adapter a --dataset d --validation_split --validation_seed 3",
+            "--validation_seed cannot be used with --adapter, whose held-out rows are known",
+        ),
         ("--model m --prompts_file f --general_split test", "--general_split needs --general_dataset"),
         ("--model m --dataset d --max_length 0", "--max_length must be a number of at least 1"),
     ],

@@ -133,8 +133,10 @@ def prompt_segments(row: dict, formatting: Formatting, tokenizer) -> list[Segmen
 def ends_in_answer(row: dict, formatting: Formatting, tokenizer) -> bool:
     """Whether a row ends in one answer to the prompt that prompt_segments() writes. Raises DropRow."""
     if formatting.row_format == "messages":
-        roles = [message["role"] for message in read_chat(row).messages]
-        return roles[-1:] == ["assistant"] and roles[-2:-1] not in ([], ["assistant"])
+        chat = read_chat(row)
+        roles = [message["role"] for message in chat.messages]
+        is_answer = roles[-1:] == ["assistant"] and roles[-2:-1] not in ([], ["assistant"])
+        return is_answer and not chat.untrained[-1]
     if formatting.row_format in ("alpaca", "prompt_completion"):
         return True
     return _text_segments(_text(row, formatting.text_field), formatting.row_format, tokenizer)[-1][1]

@@ -35,11 +35,6 @@ def spells_special_tokens(segments: list[Segment]) -> bool:
     return any(PLAIN_START in text for text, _ in segments)
 
 
-def without_marks(text: str) -> str:
-    """A text as it was before mark_special_tokens()."""
-    return PLAIN.sub(r"\1", text)
-
-
 def special_tokens(tokenizer) -> re.Pattern:
     """A pattern that finds the tokenizer's special tokens in a text."""
     return _special_tokens(tokenizer, len(tokenizer))

@@ -17,6 +17,8 @@ from qlora.errors import InputError, first_line
 ADAPTER = "adapter_model.safetensors"
 SETTINGS = "generate_defaults.json"
 BASE = "base_fingerprint"  # its name among the settings
+HELD_OUT = "held_out_rows"  # likewise; it is long, so it goes to a file of its own
+HELD_OUT_FILE = f"{HELD_OUT}.json"
 
 
 def add_adapter(
@@ -109,7 +111,7 @@ def load_weights(folder: Path, model) -> None:
 
 
 def save_adapter(folder: Path, model, tokenizer, settings: dict) -> None:
-    """Write a folder that PEFT and generate.py can load: adapter, tokenizer, settings.
+    """Write a folder that PEFT and generate.py can load: adapter, tokenizer, settings, held-out rows if any.
 
     Raises OSError or SafetensorError if it cannot be written.
     """
@@ -122,12 +124,37 @@ def save_adapter(folder: Path, model, tokenizer, settings: dict) -> None:
         if type(error) is Exception:  # all that the Rust code of `tokenizers` has for a failed write
             raise OSError(first_line(error)) from error
         raise
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    others = {name: value for name, value in settings.items() if name != HELD_OUT}
+    (folder / SETTINGS).write_text(json.dumps(others, indent=2) + "\n")
+    if HELD_OUT in settings:
+        (folder / HELD_OUT_FILE).write_text(json.dumps(settings[HELD_OUT]) + "\n")
 
 
 def load_settings(adapter: str) -> dict:
     """The settings saved with an adapter; {} if other code trained it. Raises InputError."""
-    path = adapter_file(adapter, SETTINGS)
+    return _load_json(adapter, SETTINGS)
+
+
+def load_held_out(adapter: str) -> tuple[float, list[list[int]]]:
+    """(--validation_split, hashes of the held-out rows of each dataset) of an adapter's training.
+
+    Raises InputError if they are not known.
+    """
+    record = _load_json(adapter, HELD_OUT_FILE)
+    if not record:
+        raise InputError(
+            f"--validation_split: {adapter} has no {HELD_OUT_FILE}: its training held no rows out of "
+            "--dataset, or the file is still in the training's --output_dir (it is not uploaded)"
+        )
+    try:
+        return record["validation_split"], record["row_hashes"]
+    except KeyError as error:
+        raise InputError(f"{HELD_OUT_FILE} of {adapter} is corrupt: it has no {error}") from error
+
+
+def _load_json(adapter: str, name: str) -> dict:
+    """A JSON file that save_adapter() has written; {} if the adapter has none. Raises InputError."""
+    path = adapter_file(adapter, name)
     if path is None:
         return {}
     try:

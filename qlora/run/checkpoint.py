@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qlora.errors import InputError, first_line
-from qlora.model.adapter import ADAPTER, load_weights, save_adapter
+from qlora.model.adapter import ADAPTER, HELD_OUT_FILE, load_weights, save_adapter
 from qlora.optim.optimizer import optimizer_bytes, optimizer_tensors, restore_optimizer
 from qlora.run.files import check_space, damage, flush_folder, publish_folder, remove_folder, staged
 from qlora.run.progress import Progress
@@ -216,7 +216,8 @@ class Checkpoints:
                 save_adapter(staging, self.model, self.tokenizer, self.settings)
                 (staging / "README.md").write_text(card, encoding="utf-8")
                 flush_folder(staging)
-            (self.output_dir / "chat_template.jinja").unlink(missing_ok=True)  # an earlier run's would stay
+            for name in ("chat_template.jinja", HELD_OUT_FILE):  # an earlier run's would stay
+                (self.output_dir / name).unlink(missing_ok=True)
             shutil.rmtree(self.output_dir / "additional_chat_templates", ignore_errors=True)
             for file in sorted(staging.iterdir(), key=lambda file: file.name == ADAPTER):
                 os.replace(file, self.output_dir / file.name)

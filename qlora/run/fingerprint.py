@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora.data.tokenized import TokenizedRows
 from qlora.errors import InputError
-from qlora.model.adapter import BASE, lora_settings
+from qlora.model.adapter import BASE, HELD_OUT, lora_settings
 from qlora.model.weights import loaded_folder, weight_files
 from qlora.run.checkpoint import load_state
 
@@ -55,6 +55,11 @@ class Fingerprint:
         formatting = train_rows.formatting
         kept = {"dataset_format": formatting.row_format, "max_length": train_rows.max_length}
         kept["split_special_tokens"] = formatting.takes_special_tokens_as_text
+        if held_out := train_rows.held_out:
+            kept[HELD_OUT] = {
+                "validation_split": held_out.amount,
+                "row_hashes": [hashes.tolist() for hashes in held_out.hashes],
+            }
         return kept | {BASE: self.values["base"]}
 
     def add(self, **values) -> None:

@@ -373,6 +373,7 @@ def test_a_prompt_has_no_answer_even_if_whitespace_follows_its_end_token(tokeniz
         ("messages", {"messages": [*turns("What?", "A leaf."), turns("", "Yes.")[1]]}, False),
         ("messages", {"messages": turns("What?", "A leaf.")[1:]}, False),
         ("messages", {"messages": []}, False),
+        ("messages", {"messages": [*turns("What?"), turns("", "A leaf.")[1] | {"weight": 0}]}, False),
         ("guanaco", {"text": "### Human: What?### Assistant: A leaf."}, True),
         ("guanaco", {"text": "### Human: What?### Assistant: A leaf.### Human: Sure?"}, False),
         ("llama2", {"text": "<s>[INST] What? [/INST] A leaf. </s><s>[INST] Sure? [/INST]"}, False),

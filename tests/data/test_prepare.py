@@ -106,7 +106,7 @@ def test_no_row_changes_sides_because_of_other_rows_lengths_or_tokenizers(tokeni
         "dropped": sides(tokenizer, path, [empty, *ROWS[5:], empty]),
         "cut": sides(tokenizer, path, ROWS, max_length="10"),
         "tokenizer": sides(other, path, ROWS),
-        "format": sides(tokenizer, path, ROWS, row_format="text", text_field="prompt"),
+        "format": sides(tokenizer, path, ROWS, formatting=Formatting("text", "prompt")),
     }
     assert [len(after) for after in changes.values()][:3] == [72, 14, 37]
     assert 5 < len(changes["cut"]) < 42  # prompts of 10 tokens or more are dropped
