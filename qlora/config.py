@@ -398,6 +398,7 @@ class TrainConfig(Flags):
         for name in self.allow_changes:
             if name not in names:
                 raise ValueError(f"--allow_changes {name}: the names are {', '.join(names)}")
+        _check_output_dir(self.output_dir, self.model)
         _check_max_length(self.max_length)
         if not re.fullmatch("auto|all|none|[0-9]+", self.gradient_checkpointing):
             raise ValueError(
@@ -790,6 +791,7 @@ class MergeConfig(AdapterFlags):
 
     def __post_init__(self):
         super().__post_init__()
+        _check_output_dir(self.output_dir, self.model)
         _check_split("split", self.split)
         if not self.adapter:
             raise ValueError("--adapter is missing: what is to be merged into --model?")
@@ -808,6 +810,16 @@ def _amount(text: str) -> float | None:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+
+
+def _check_output_dir(output_dir: str, model: str) -> None:
+    """Raise ValueError if a command would write into the base model's own folder.
+
+    An adapter there would be loaded as part of the base from then on, and uploaded together with it. The same
+    goes for a folder with a hub id's name, which would be loaded in the place of that hub model.
+    """
+    if Path(output_dir).resolve() == Path(model).resolve():
+        raise ValueError(f"--output_dir {output_dir} is the folder of --model itself: choose another one")
 
 
 def _check_max_length(value: str) -> None:

@@ -246,6 +246,24 @@ def test_a_wrong_generate_command_is_refused(capsys, argv, named):
     assert named in refusal(capsys, GenerateConfig, *argv)
 
 
+@pytest.mark.parametrize("config_class", [TrainConfig, MergeConfig])
+def test_the_base_models_own_folder_is_no_output_folder(capsys, config_class, tmp_path, monkeypatch):
+    base = tmp_path / "models" / "base"
+    base.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(base)
+    monkeypatch.chdir(tmp_path)
+    argv = ["--adapter", "a"] if config_class is MergeConfig else []
+    for output_dir in (str(base), "models/../models/base/", "link"):
+        error = refusal(capsys, config_class, *argv, "--model", str(base), "--output_dir", output_dir)
+        assert f"--output_dir {output_dir} is the folder of --model itself: choose another one" in error
+    # A folder with the name of a hub model would be loaded in its place from then on.
+    assert "--output_dir" in refusal(
+        capsys, config_class, *argv, "--model", "owner/name", "--output_dir", "owner/name"
+    )
+    assert parse(config_class, *argv, "--model", str(base), "--output_dir", "models/base/out")
+    assert not list(base.iterdir())
+
+
 # ---------------------------------------------------------------- accepted
 
 
