@@ -189,6 +189,26 @@ def adapter_file(adapter: str, name: str) -> Path | None:
         return None
 
 
+def adapter_chat_template(adapter: str) -> str | dict[str, str] | None:
+    """The chat template saved with an adapter, several by name, or None. Raises InputError."""
+    template = adapter_file(adapter, "chat_template.jinja")
+    named = {}
+    if Path(adapter).is_dir():
+        for path in sorted((Path(adapter) / "additional_chat_templates").glob("*.jinja")):
+            named[path.stem] = path.read_text(encoding="utf-8")
+    if template is not None:
+        text = template.read_text(encoding="utf-8")
+        return {"default": text, **named} if named else text
+    path = adapter_file(adapter, "tokenizer_config.json")  # where earlier versions of transformers put it
+    try:
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path else None
+    except ValueError as error:
+        raise InputError(f"{path} is corrupt: {error!r}") from error
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return named or template
+
+
 def _get_peft_model(base, config):
     with warnings.catch_warnings():  # PEFT still uses a name that transformers is about to drop
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

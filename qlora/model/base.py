@@ -6,14 +6,25 @@ import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from qlora.data.chat_template import set_chat_template
 from qlora.errors import InputError, first_line
-from qlora.model.adapter import adapter_file, check_adapter
+from qlora.model.adapter import adapter_chat_template, adapter_file, check_adapter
+
+REMOTE_CODE = "transformers_modules"  # the package of classes that come with a model
 
 
 def load_config(model: str, trust_remote_code: bool = False):
-    """The model's configuration; raises InputError, with a remedy, if it cannot be loaded."""
+    """The model's configuration; raises InputError, with a remedy, if it cannot be loaded.
+
+    Also if there is an adapter in its folder, which transformers would silently load as part of the base.
+    """
+    if _has_adapter(model):
+        raise InputError(
+            f"--model {model} has an adapter_config.json, whose adapter would be loaded as part of the base: "
+            f"give the base alone with --model, and this one with --adapter {model}"
+        )
     return _from_hub(AutoConfig, model, trust_remote_code=trust_remote_code)
 
 
@@ -26,13 +37,12 @@ def load_tokenizer(
 ):
     """The tokenizer saved with the adapter, else the model's. No token is added; no pad token is needed.
 
-    Its chat template is that of the file `chat_template`, if given; one that writes the date writes `today`,
-    by default the day it is. Raises InputError if any of this cannot be loaded.
+    Of remote code only the model's is run, never that in the adapter's folder: a tokenizer with code of its
+    own is loaded from the model, and only its chat template from the adapter. The chat template is that of
+    the file `chat_template`, if given; one that writes the date writes `today`, by default the day it is.
+    Raises InputError if any of this cannot be loaded.
     """
-    if adapter is not None:
-        check_adapter(adapter)
-    has_own = adapter is not None and adapter_file(adapter, "tokenizer_config.json") is not None
-    tokenizer = _from_hub(AutoTokenizer, adapter if has_own else model, trust_remote_code=trust_remote_code)
+    tokenizer = _saved_tokenizer(model, adapter, trust_remote_code)
     set_chat_template(tokenizer, chat_template, today or date.today())
     return tokenizer
 
@@ -121,6 +131,27 @@ def base_memory_bytes(model) -> int:
         if state is not None:
             total += sum(value.nbytes for value in state.as_dict(packed=True).values())
     return total
+
+
+def _has_adapter(model: str) -> bool:
+    """Whether transformers would find an adapter in a model's folder or hub repository."""
+    try:
+        return find_adapter_config_file(model) is not None
+    except (OSError, ValueError):  # no such model, or no network: loading it will say so
+        return False
+
+
+def _saved_tokenizer(model: str, adapter: str | None, trust_remote_code: bool):
+    if adapter is not None:
+        check_adapter(adapter)
+    if adapter is None or adapter_file(adapter, "tokenizer_config.json") is None:
+        return _from_hub(AutoTokenizer, model, trust_remote_code=trust_remote_code)
+    if trust_remote_code:
+        tokenizer = _from_hub(AutoTokenizer, model, trust_remote_code=True)
+        if type(tokenizer).__module__.startswith(REMOTE_CODE):
+            tokenizer.chat_template = adapter_chat_template(adapter) or tokenizer.chat_template
+            return tokenizer
+    return _from_hub(AutoTokenizer, adapter, trust_remote_code=False)
 
 
 def _from_hub(auto_class, model: str, **options):
