@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -16,21 +17,26 @@ from qlora.run.fingerprint import base_fingerprint
 def parse_for_adapter(config_class, argv: list[str] | None = None, program: str | None = None):
     """Parse the command line into `config_class`; flags that are not given are as in the adapter's training.
 
-    Raises InputError if the adapter does not exist or its settings are incomplete.
+    Without an adapter, they are as in that of a merged model, if --model is its folder. Raises InputError if
+    the adapter does not exist or the settings are incomplete.
     """
     config = parse_args(config_class, argv, program=program)
-    if not config.adapter:
+    source = config.adapter
+    if source:
+        check_adapter(source)
+    elif config.model and (Path(config.model) / SETTINGS).is_file():
+        source = config.model
+    else:
         return config
-    check_adapter(config.adapter)
-    settings = load_settings(config.adapter)
+    settings = load_settings(source)
     if not settings:
         print(
-            f"{config.adapter} has no {SETTINGS}: prompts are plain text unless flags say otherwise",
-            file=sys.stderr,
+            f"{source} has no {SETTINGS}: prompts are plain text unless flags say otherwise", file=sys.stderr
         )
         return config
     if missing := [name for name in KEPT_SETTINGS if name not in settings]:
-        raise InputError(f"{SETTINGS} of --adapter {config.adapter} is incomplete: {', '.join(missing)}")
+        flag = "--adapter" if config.adapter else "--model"
+        raise InputError(f"{SETTINGS} of {flag} {source} is incomplete: {', '.join(missing)}")
     defaults = {name: settings[name] for name in KEPT_SETTINGS if hasattr(config, name)}
     config = parse_args(config_class, argv, defaults=defaults, program=program)
     if getattr(config, "dataset_format", None) == "auto":  # given as a flag: the training found out

@@ -535,7 +535,11 @@ class AdapterFlags(Flags):
     model: str = flag(
         ..., "Base model: a Hugging Face hub id or a local folder, the one the adapter was trained on.",
     )
-    adapter: str | None = flag(None, "LoRA adapter (folder or hub id). Without it: the base alone.")
+    adapter: str | None = flag(
+        None,
+        "LoRA adapter (folder or hub id). Without it: the base alone, or a merged model, whose folder has "
+        "the training's settings too.",
+    )
     dtype: ComputeType = flag(
         "float16", "Compute type. For this and the next three, the adapter's training sets the default.",
     )

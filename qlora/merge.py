@@ -6,6 +6,7 @@ folder gets its name only if they agree. Flags: MergeConfig in qlora/config.py.
 
 import copy
 import gc
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from qlora.data.sources import RowSource
 from qlora.data.tokenize import tokenize_window
 from qlora.errors import InputError, first_line
 from qlora.evaluation.divergence import Difference, Prediction, measure_difference, predict
-from qlora.model.adapter import load_adapter
+from qlora.model.adapter import BASE, SETTINGS, load_adapter, load_settings
 from qlora.model.base import load_config, load_tokenizer
 from qlora.model.merging import base_parameters, check_mergeable, check_names, merged_tensors, parameter_count
 from qlora.model.weights import Weights, loaded_folder, write_weights
@@ -91,6 +92,7 @@ def merge(config: MergeConfig) -> None:
             write_model(staging, model, dtype)
             architecture = type(model.get_base_model()).__name__
             write_settings(staging, config.model, model_config, architecture, dtype, tokenizer)
+            write_defaults(staging, load_settings(config.adapter), config.dtype)
             del model  # makes room for the merged one
             free_memory()
             differences = compare_merged(
@@ -167,6 +169,19 @@ def write_settings(
     with suppress(OSError, ValueError):  # not every model has generation settings, and not all are valid
         GenerationConfig.from_pretrained(base_model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def write_defaults(folder: Path, settings: dict, dtype: str) -> None:
+    """Write what generate.py and evaluate take as defaults: the training's settings, as far as they apply.
+
+    The weights have `dtype`, and are not to be quantized again: that would round away much of the update,
+    which the training learned on top of the rounded weights. Without the base there is none to compare. Of an
+    adapter that other code trained, nothing is known.
+    """
+    if settings:
+        kept = {name: value for name, value in settings.items() if name != BASE}
+        kept |= {"dtype": dtype, "load_in_4bit": False}
+        (folder / SETTINGS).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def compare_merged(

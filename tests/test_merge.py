@@ -10,8 +10,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import generate
 from qlora import evaluate, merge
-from qlora.model.adapter import ADAPTER
+from qlora.commands import parse_for_adapter
+from qlora.config import EvaluateConfig, GenerateConfig
+from qlora.model.adapter import ADAPTER, BASE, SETTINGS
 from qlora.model.base import load_base, load_tokenizer
 from qlora.model.weights import INDEX, write_weights
 from tests.conftest import ROWS
@@ -173,6 +176,39 @@ def test_a_base_that_is_stored_in_4_bits_has_no_original_weights(run, base, tmp_
     tokenizer = load_tokenizer(base)
     want, got = logits(model, tokenizer), logits(whole, tokenizer)
     assert (got - want).norm() < 1e-4 * want.norm()
+
+
+def test_a_merged_folder_is_asked_as_it_was_trained(run, base, tmp_path, capsys):
+    rows = tmp_path / "alpaca.jsonl"
+    rows.write_text(json.dumps({"instruction": "What is red?", "output": "A leaf."}) + "\n")
+    flags = "--max_steps 40 --learning_rate 1e-2 --lora_target_modules all-linear --bnb_4bit_quant_type fp4"
+    _, folder = run(flags, "--dtype bfloat16 --seed 7", dataset=str(rows))
+    capsys.readouterr()
+    whole = str(merged(tmp_path / "merged", base, folder))
+    capsys.readouterr()
+    config = parse_for_adapter(GenerateConfig, ["--model", whole])
+    assert (config.dataset_format, config.dtype) == ("alpaca", "bfloat16")
+    assert not config.load_in_4bit  # else the update would be rounded away
+    assert parse_for_adapter(GenerateConfig, ["--model", whole, "--load_in_4bit"]).load_in_4bit
+    assert parse_for_adapter(GenerateConfig, ["--model", whole, "--dtype", "float32"]).dtype == "float32"
+    scores = parse_for_adapter(EvaluateConfig, ["--model", whole, "--dataset", str(rows)])
+    assert (scores.dataset_format, scores.validation_seed, scores.load_in_4bit) == ("alpaca", 7, False)
+    settings = json.loads((Path(whole) / SETTINGS).read_text())
+    assert BASE not in settings and BASE in json.loads((folder / SETTINGS).read_text())
+
+    generate.main(["--model", whole, "--prompt", "What is red?", "--max_new_tokens", "9"])
+    assert capsys.readouterr().out.strip() == "A leaf."
+    del settings["dataset_format"]
+    (Path(whole) / SETTINGS).write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match=r"of --model .*merged is incomplete: dataset_format"):
+        generate.main(["--model", whole, "--prompt", "What is red?"])
+
+
+def test_of_an_adapter_that_other_code_trained_a_merged_folder_has_no_defaults(base, tmp_path):
+    adapter = peft_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    whole = merged(tmp_path / "merged", base, adapter, "--dtype", "float32", "--no_load_in_4bit")
+    assert not (whole / SETTINGS).exists()
+    assert parse_for_adapter(GenerateConfig, ["--model", str(whole)]).dataset_format == "auto"
 
 
 def test_mistakes_are_reported_before_the_model_is_loaded(run, base, tmp_path, monkeypatch, capsys):
