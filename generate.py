@@ -34,6 +34,7 @@ def answer(config: GenerateConfig) -> None:
         tokenizer,
         config.formatting(),
         max_tokens=room_for_prompt(model_config, config.max_new_tokens, "max_new_tokens"),
+        vocab_size=model_config.vocab_size,
     )
 
     # Prompts before the model: an invalid row should not cost the minutes that loading takes.

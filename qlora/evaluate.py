@@ -186,7 +186,7 @@ def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> tuple[list[Ta
             f"--prompts_file {config.prompts_file}: rows of plain text have no reference answers"
         )
     room = room_for_prompt(model_config, config.max_new_tokens, "max_new_tokens")
-    writer = PromptWriter(tokenizer, formatting, max_tokens=room)
+    writer = PromptWriter(tokenizer, formatting, room, model_config.vocab_size)
     tasks, dropped, first_dropped = [], Counter(), {}
     for where, row in read_rows(config.prompts_file, config.prompts_split):
         try:

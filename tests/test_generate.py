@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import generate as script
 import train
+from qlora import evaluate
 from qlora.commands import parse_for_adapter
 from qlora.config import KEPT_SETTINGS, GenerateConfig, TrainConfig
 from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
@@ -21,9 +24,10 @@ from qlora.data.formats import chat_segments, prompt_segments, row_segments, sta
 from qlora.data.formatting import Formatting
 from qlora.data.segments import encode
 from qlora.errors import InputError
+from qlora.evaluation.samples import read_samples
 from qlora.flags import parse_args
 from qlora.model.adapter import ADAPTER, SETTINGS, adapter_file, check_adapter, load_adapter
-from qlora.model.base import load_base
+from qlora.model.base import load_base, load_tokenizer
 from qlora.model.generation import PromptWriter, generate, stop_ids
 from tests.conftest import ROOT, ROWS
 
@@ -328,6 +332,79 @@ def test_the_chat_tells_if_its_format_has_no_history(tokenizer, monkeypatch, cap
     monkeypatch.setattr("builtins.input", lambda _: "")
     script.chat(PromptWriter(tokenizer, Formatting("alpaca"), max_tokens=120), None, seed=0)
     assert "stands alone" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- a tokenizer that does not fit
+
+
+@pytest.fixture
+def asks(base, rows_file, tmp_path):
+    """Every way to ask a model, as a function of its folder; answers a second, longer prompt too."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[6]) + "\n")
+    answers, flags = str(tmp_path / "answers"), ["--dtype", "float32", "--max_new_tokens", "2"]
+
+    def ask(way: str, model: str) -> None:
+        argv = ["--model", model, *flags]
+        if way == "prompt":
+            script.main([*argv, "--prompt", ROWS[0]["prompt"]])
+        elif way == "prompts_file":
+            script.main([*argv, "--prompts_file", str(prompts), "--output_file", answers])
+        elif way == "chat":
+            script.main(argv)
+        else:
+            evaluate.main([*argv, "--prompts_file", str(prompts), "--output_file", answers])
+
+    return ask
+
+
+WAYS = pytest.mark.parametrize("way", ["prompt", "prompts_file", "chat", "evaluate"])
+
+
+@WAYS
+def test_a_tokenizer_without_eos_is_refused_in_one_line(base, asks, tmp_path, monkeypatch, way):
+    model = shutil.copytree(base, tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    lines = iter([ROWS[0]["prompt"], ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    with pytest.raises(SystemExit, match=r"error: the tokenizer has no end-of-sequence token"):
+        asks(way, str(model))
+
+
+@WAYS
+def test_a_prompt_beyond_the_vocabulary_is_refused_in_one_line(
+    base, asks, tmp_path, monkeypatch, capsys, way
+):
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    load_tokenizer(base).save_pretrained(tmp_path / "small")
+    lines = iter([ROWS[0]["prompt"], ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    message = r"the tokenizer produces token id \d+, but the model has only 100 tokens"
+    if way == "chat":  # which goes on without that question
+        asks(way, str(tmp_path / "small"))
+        assert re.search(message, capsys.readouterr().out)
+        return
+    with pytest.raises(SystemExit, match=message):
+        asks(way, str(tmp_path / "small"))
+
+
+def test_a_sample_prompt_beyond_the_vocabulary_is_refused_before_the_training(tmp_path, base, tokenizer):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": ROWS[0]["prompt"]}) + "\n")
+    largest = max(prompt_ids(tokenizer, ROWS[0]))
+    settings = (str(prompts), tokenizer, "prompt_completion", "text")
+    config = LlamaConfig(vocab_size=largest + 1, max_position_embeddings=256)
+    assert read_samples(*settings, config, 8).prompts == [prompt_ids(tokenizer, ROWS[0])]
+    config.vocab_size = largest
+    with pytest.raises(InputError, match=rf"token id {largest}, but the model has only {largest} tokens"):
+        read_samples(*settings, config, 8)
+
+
+# ---------------------------------------------------------------- the command itself
 
 
 def command(*flags: str, **options):

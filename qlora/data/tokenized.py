@@ -278,7 +278,11 @@ def find_held_out(rows: TokenizedRows, hashes: list[np.ndarray], name: str) -> T
 
 def check_vocabulary(rows: TokenizedRows, vocab_size: int) -> None:
     """Raise InputError if a token id has no embedding in a model of `vocab_size` tokens."""
-    largest = int(rows.column("largest_id").max(initial=0))
+    check_token_id(int(rows.column("largest_id").max(initial=0)), vocab_size)
+
+
+def check_token_id(largest: int, vocab_size: float) -> None:
+    """check_vocabulary() for the largest of some token ids."""
     if largest >= vocab_size:
         raise InputError(
             f"the tokenizer produces token id {largest}, but the model has only {vocab_size} tokens: "

@@ -60,5 +60,5 @@ def read_samples(
     if path is None:
         return None
     room = room_for_prompt(model_config, max_new_tokens, "sample_max_new_tokens")
-    writer = PromptWriter(tokenizer, formatting, room)
+    writer = PromptWriter(tokenizer, formatting, room, model_config.vocab_size)
     return Samples([ids for _, _, ids in read_prompts(path, writer)], tokenizer, max_new_tokens)

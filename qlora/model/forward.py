@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from peft import PeftModel
 
+from qlora.errors import InputError
+
 DECODER_INPUTS = ("input_ids", "position_ids", "seq_starts")  # what the decoder takes of a batch
 
 # The name under which speed/attention.py registers variable-length attention with transformers.
@@ -16,9 +18,21 @@ def without_adapter(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def decoder(causal_lm):
+    """The part of a causal LM that computes the last hidden states: all but its head. Raises InputError."""
+    found = causal_lm.get_decoder()
+    if found is causal_lm:  # Llama 4: transformers looks for it where it is beside a vision model
+        found = getattr(causal_lm, "model", None)
+    if found is None:
+        raise InputError(
+            f"{type(causal_lm).__name__} is not supported: its decoder cannot be told from its head"
+        )
+    return found
+
+
 def hidden_states(causal_lm, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The last hidden states, (packs, length, d), of a batch from data/batch.py's collate()."""
-    return causal_lm.get_decoder()(**forward_inputs(causal_lm, batch), use_cache=False).last_hidden_state
+    return decoder(causal_lm)(**forward_inputs(causal_lm, batch), use_cache=False).last_hidden_state
 
 
 def forward_inputs(causal_lm, batch: dict[str, torch.Tensor]) -> dict:
@@ -49,7 +63,7 @@ def has_plain_head(model) -> bool:
     causal_lm.eval()
     input_ids = torch.arange(8, device=model.device).unsqueeze(0)
     logits = causal_lm(input_ids=input_ids, use_cache=False).logits
-    hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden = decoder(causal_lm)(input_ids=input_ids, use_cache=False).last_hidden_state
     head_logits = causal_lm.get_output_embeddings()(hidden)
     causal_lm.train(was_training)
     return torch.equal(head_logits, logits)

@@ -12,16 +12,27 @@ from qlora.data.formats import chat_segments, prompt_segments, starts_with_bos
 from qlora.data.formatting import Formatting
 from qlora.data.segments import DropRow, Segment, encode
 from qlora.data.sources import read_rows
+from qlora.data.tokenized import check_token_id
 from qlora.errors import InputError
 
 
 class PromptWriter:
     """Writes chats and rows as prompts in token ids, in the row format that the adapter was trained on.
 
-    Raises InputError for a prompt that does not fit the format, is empty, or exceeds `max_tokens`.
+    Raises InputError for a prompt that does not fit the format, is empty, exceeds `max_tokens`, or has a
+    token that a model of `vocab_size` tokens lacks, and for a tokenizer without EOS.
     """
 
-    def __init__(self, tokenizer, formatting: Formatting, max_tokens: float):
+    def __init__(
+        self, tokenizer, formatting: Formatting, max_tokens: float, vocab_size: float = math.inf
+    ):
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                "the tokenizer has no end-of-sequence token, so no answer would end: set eos_token in its "
+                "tokenizer_config.json"
+            )
+        check_token_id(tokenizer.eos_token_id, vocab_size)
+        self.vocab_size = vocab_size
         self.tokenizer = tokenizer
         self.formatting = formatting
         self.row_format = formatting.row_format
@@ -54,6 +65,7 @@ class PromptWriter:
         ids, _ = encode(segments, self.adds_bos, self.tokenizer)
         if not ids:
             raise InputError(f"{where} is empty")
+        check_token_id(max(ids), self.vocab_size)
         if len(ids) > self.max_tokens:
             raise InputError(
                 f"{where} has {len(ids)} tokens, but the answer (--max_new_tokens) leaves {self.max_tokens} "

@@ -12,13 +12,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora.model.forward import decoder
+
 COMPILER = "inductor"
 
 
 def decoder_layers(causal_lm) -> list[torch.nn.Module]:
     """The decoder's layers that can be checkpointed, in execution order; [] if there are none."""
     layers, inside = [], set()
-    for layer in causal_lm.get_decoder().modules():  # outer modules come before what they hold
+    for layer in decoder(causal_lm).modules():  # outer modules come before what they hold
         if isinstance(layer, GradientCheckpointingLayer) and layer not in inside:
             layers.append(layer)
             inside.update(layer.modules())

@@ -10,7 +10,8 @@ from torch.nn.functional import log_softmax
 
 import qlora.model.loss
 from qlora.data.batch import collate
-from qlora.model.forward import choose_hidden_states, has_plain_head, hidden_states
+from qlora.errors import InputError
+from qlora.model.forward import choose_hidden_states, decoder, has_plain_head, hidden_states
 from qlora.model.loss import target_logprobs
 
 SIZES = {
@@ -106,6 +107,23 @@ def test_logprobs_and_gradient_are_those_of_the_model_itself(name, small_chunks)
     assert got.dtype == torch.float32 and got.shape == weights.shape
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
     assert (got_gradient - want_gradient).norm() < 1e-5 * want_gradient.norm()
+
+
+def test_the_decoder_of_llama_4_is_found():
+    """For transformers the whole model is its own decoder."""
+    config = transformers.Llama4TextConfig(
+        **SIZES, head_dim=16, intermediate_size_mlp=128, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = lora(config, target_modules=["q_proj", "v_proj"])
+    causal_lm = model.get_base_model()
+    assert causal_lm.get_decoder() is causal_lm and decoder(causal_lm) is causal_lm.model
+    assert has_plain_head(model)
+    examples = list(rows())
+    got = target_logprobs(model, collate([[row] for row in examples], 0), choose_hidden_states(model))
+    assert torch.allclose(got, reference_logprobs(model, examples), rtol=1e-5, atol=1e-6)
+    causal_lm.decoding = causal_lm._modules.pop("model")
+    with pytest.raises(InputError, match="Llama4ForCausalLM is not supported: its decoder"):
+        decoder(causal_lm)
 
 
 @pytest.mark.parametrize("name", MODELS)

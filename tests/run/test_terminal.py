@@ -240,3 +240,17 @@ def test_a_run_whose_stdout_is_full_shows_the_error_at_its_end(base, rows_file, 
     assert (tmp_path / "checkpoint-3").exists(), done.stderr
     assert "3/3" in done.stderr and "train.py: error: the adapter could not be saved in" in done.stderr
     assert "Traceback" not in done.stderr and done.returncode == 1
+
+
+def test_a_reader_that_leaves_during_the_set_up_does_not_end_the_run(base, rows_file, tmp_path):
+    """As `train.py ... 2>&1 | head -1` does."""
+    argv = [sys.executable, "train.py", *FLAGS, "--model", base, "--dataset", rows_file]
+    run = subprocess.Popen(
+        [*argv, "--output_dir", str(tmp_path)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=BUFFERED | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.stdout.readline()
+    assert not (tmp_path / "checkpoint-1").exists()  # so it is still in its set-up
+    run.stdout.close()
+    assert run.wait() == 0
+    assert (tmp_path / "adapter_model.safetensors").exists()
