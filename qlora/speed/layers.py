@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora.model.forward import decoder
+from qlora.model.forward import decoder, without_adapter
+from qlora.speed.determinism import unchanged_random_states
 
 COMPILER = "inductor"
 
@@ -45,7 +46,7 @@ def set_up_layers(
     With `compile`, each layer is compiled by itself; all share the code of the first of their kind.
     `is_dynamic` is for batches of changing shape. Compiled checkpointed layers also keep what their attention
     returns, and recompute only what gradients need: not the last product if it is only added to the layer's
-    input. Without `compile`, `is_random` (see has_dropout) makes the recomputation draw the same random
+    input. Without `compile`, `is_random` (see has_randomness) makes the recomputation draw the same random
     numbers.
 
     Evaluation and generation run the layers as they are: their shapes are many, and nothing is kept.
@@ -135,12 +136,30 @@ def _offloaded(train, host: "HostActivations", weights: set[int], is_trained: bo
         return train(*args, **kwargs)
 
 
-def has_dropout(model) -> bool:
-    """Whether the layers draw random numbers in training, by their modules and their configuration."""
-    config = model.config.get_text_config().to_dict()
-    return any(isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules()) or any(
-        "drop" in name and bool(value) for name, value in config.items()
-    )
+@torch.no_grad()
+def has_randomness(model) -> bool:
+    """Whether the layers draw random numbers in training: dropout, noise in a router, sampled experts.
+
+    Tested by running them, as not all of it stands in a configuration: PhiMoE samples its experts always.
+    Dropout is looked up first: it may be in an expert that this run does not reach.
+    """
+    if any(isinstance(module, _DropoutNd) and module.p > 0 for module in model.modules()):
+        return True
+    causal_lm, device = without_adapter(model), model.device
+    input_ids = torch.arange(8, device=device).unsqueeze(0)
+    was_training = causal_lm.training
+    with unchanged_random_states(device):
+        before = _random_states(device)
+        causal_lm.train()
+        decoder(causal_lm)(input_ids=input_ids, use_cache=False)
+        causal_lm.train(was_training)
+        after = _random_states(device)
+    return not all(map(torch.equal, before, after))
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    """PyTorch's random states, of the CPU and of `device`."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 class KeptByLayer:

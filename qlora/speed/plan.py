@@ -9,7 +9,6 @@ import torch
 
 from qlora.errors import InputError, first_line
 from qlora.model.forward import VARLEN
-from qlora.speed.layers import has_dropout
 from qlora.speed.memory import GB, limit_memory
 from qlora.speed.rehearsal import Rehearsal
 
@@ -189,9 +188,9 @@ def _why_no_graphs(rehearsal: Rehearsal, plan: Plan) -> str | None:
         return "building the mask for packed rows makes the host wait for the GPU"
     if plan.offload:
         return "activations are offloaded to host memory"
-    if plan.checkpointed and not rehearsal.compile and has_dropout(rehearsal.model):
+    if plan.checkpointed and not rehearsal.compile and rehearsal.is_random:
         # The compiler keeps the random seeds. checkpoint() would restore the host's random state.
-        return "checkpointed layers with dropout must draw the same numbers twice"
+        return "checkpointed layers with dropout or router noise must draw the same numbers twice"
     return None
 
 

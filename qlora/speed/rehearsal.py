@@ -13,7 +13,7 @@ from qlora.optim.flat import FlatParameters
 from qlora.optim.optimizer import create_state, reset_optimizer
 from qlora.speed.determinism import unchanged_random_states
 from qlora.speed.graphs import GraphedDecoder
-from qlora.speed.layers import decoder_layers, has_dropout, set_up_layers
+from qlora.speed.layers import decoder_layers, has_randomness, set_up_layers
 from qlora.speed.memory import is_out_of_memory
 
 
@@ -42,11 +42,14 @@ class Rehearsal:
     def layers(self) -> list[torch.nn.Module]:
         return decoder_layers(without_adapter(self.model))
 
+    @cached_property
+    def is_random(self) -> bool:
+        return has_randomness(self.model)
+
     def set_up(self, checkpointed: int, offload: bool) -> None:
         """Set up the layers with the first `checkpointed` of them checkpointed."""
         is_dynamic = self.has_any_shape or not self.shape.is_packed
-        is_random = has_dropout(self.model)
-        set_up_layers(self.layers, checkpointed, offload, self.compile, is_dynamic, is_random)
+        set_up_layers(self.layers, checkpointed, offload, self.compile, is_dynamic, self.is_random)
 
     def peak_bytes(
         self, checkpointed: int, offload: bool, hidden_states: Callable | None = None

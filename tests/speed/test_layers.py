@@ -22,7 +22,7 @@ from qlora.model.forward import VARLEN, hidden_states
 from qlora.model.loss import target_logprobs
 from qlora.speed.attention import register_varlen
 from qlora.speed.graphs import run_without_waiting
-from qlora.speed.layers import decoder_layers, set_up_layers
+from qlora.speed.layers import decoder_layers, has_randomness, set_up_layers
 from tests.data.test_stream import use_windows
 from tests.results import metrics
 from tests.test_gpu import ROWS as GPU_ROWS
@@ -334,6 +334,40 @@ def test_checkpointed_layers_repeat_their_dropout_on_a_gpu():
     # Triton 3.6 cannot compile 64 wide layers in float32 ("operand #0 does not dominate this use", a defect
     # of its own); training then falls back to uncompiled layers.
     test_checkpointed_layers_repeat_their_dropout(hidden_size=256)
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QUIET = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0}
+RANDOM = {  # name: (configuration, LoRA dropout, whether its layers draw random numbers)
+    "llama": (transformers.LlamaConfig(**SIZES), 0.0, False),
+    "llama, LoRA dropout": (transformers.LlamaConfig(**SIZES), 0.1, True),
+    "llama, attention dropout": (transformers.LlamaConfig(**SIZES, attention_dropout=0.1), 0.0, True),
+    "mixtral": (transformers.MixtralConfig(**SIZES, **EXPERTS), 0.0, False),
+    "mixtral, jitter": (transformers.MixtralConfig(**SIZES, **EXPERTS, router_jitter_noise=0.1), 0.0, True),
+    "phimoe": (transformers.PhimoeConfig(**SIZES, **EXPERTS), 0.0, True),
+    "phimoe, input jitter": (
+        transformers.PhimoeConfig(**SIZES, **EXPERTS, **QUIET | {"input_jitter_noise": 0.1}), 0.0, True,
+    ),
+    "phimoe, no jitter": (transformers.PhimoeConfig(**SIZES, **EXPERTS, **QUIET), 0.0, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_checkpointed_layers_repeat_their_random_numbers(name):
+    """Dropout, a router's jitter, and the experts that PhiMoE samples even without jitter."""
+    config, dropout, is_random = RANDOM[name]
+    torch.manual_seed(0)
+    causal_lm = transformers.AutoModelForCausalLM.from_config(config)
+    weights = random_adapter(causal_lm, dropout)
+    state = torch.get_rng_state()
+    assert has_randomness(causal_lm) == is_random
+    assert torch.equal(torch.get_rng_state(), state) and causal_lm.training
+    found = []
+    for checkpointed in (0, 3):
+        set_up_layers(decoder_layers(causal_lm), checkpointed, is_random=has_randomness(causal_lm))
+        torch.manual_seed(1)
+        found.append(gradient(causal_lm, weights))
+    assert found[0].norm() > 1 and torch.allclose(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_of_a_vision_encoder_are_not_decoder_layers():
