@@ -203,7 +203,7 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     evaluate_now = partial(evaluate, model, validation, samples, log, progress, keep_best, stop)
     gc.collect()
     gc.freeze()  # keep long-lived objects out of garbage-collection scans
-    with log, stop, Rescue(checkpoints, model, optimizer, log.say):
+    with log, stop, Rescue(checkpoints, model, optimizer, log.say, stop):
         if progress.owes_evaluation:  # the run was stopped in the evaluation after this step
             log.begin(repeats_evaluation=True)
             if (evaluate_now() or progress.owes_evaluation) and not checkpoints.is_saved(first_step):
@@ -219,7 +219,7 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
 
             # The loss is a mean over all targets of the step, so their number must be known before the first
             # backward pass. A mean of the micro-batches' means would overweight the targets of short rows.
-            step_data = loader.take(step)  # all micro-batches, and how many targets and tokens they have
+            step_data = loader.take(step, stop.is_due)  # all micro-batches, their targets and tokens counted
             seconds_waited = time.perf_counter() - started
             loss = torch.zeros((), device=device)  # summed there, so that the host need not wait
             for batch in step_data.micro_batches:

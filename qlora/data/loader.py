@@ -4,7 +4,7 @@ StepLoader takes them from prepared rows, StreamLoader from a stream, window by 
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from threading import Thread
 
@@ -14,6 +14,12 @@ from qlora.data.batch import BatchShape, micro_batches
 from qlora.data.order import StepOrder
 from qlora.data.stream import RowStream, Window
 from qlora.data.tokenized import TokenizedRows
+
+POLL_SECONDS = 0.2  # how often take() asks whether to stop waiting
+
+
+class WaitStopped(Exception):
+    """The run has to stop, and the data of its next step is not there yet: a stream may have stalled."""
 
 
 @dataclass
@@ -52,10 +58,17 @@ class StepLoader:
         if step < self.total_steps:
             self._coming_step, self._coming = step, in_background(self.make, step)
 
-    def take(self, step: int) -> StepData:
-        """The data of a step; waits until it is ready, and raises what went wrong while making it."""
+    def take(self, step: int, should_stop: Callable[[], bool] = lambda: False) -> StepData:
+        """The data of a step; waits until it is ready, and raises what went wrong while making it.
+
+        Raises WaitStopped if `should_stop()`, asked again and again, is true before the data is ready.
+        """
         if self._coming_step != step:
             self.prepare(step)
+        # Not result(timeout=...): its TimeoutError could also be one of the network.
+        while not wait([self._coming], POLL_SECONDS).done:
+            if should_stop():
+                raise WaitStopped
         return self._coming.result()
 
     def make(self, step: int) -> StepData:

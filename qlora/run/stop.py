@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 
+from qlora.data.loader import WaitStopped
 from qlora.errors import InputError, first_line
 from qlora.run.checkpoint import Checkpoints
 from qlora.speed.memory import is_out_of_memory
@@ -21,6 +22,7 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT]
 if hasattr(signal, "SIGHUP"):  # the terminal is gone; not on Windows
     SIGNALS.append(signal.SIGHUP)
 OUT_OF_TIME = 124  # exit code, as timeout(1) has it
+NOTHING_DONE = "no step was completed, so the same command starts from the same point"
 
 
 class Stop:
@@ -70,7 +72,12 @@ class Stop:
         """Say how to resume, and raise SystemExit with the exit code of the reason."""
         reason = "--max_hours" if self.signal is None else signal.Signals(self.signal).name
         saved = f"checkpoint-{step} is complete" if is_saved else "steps since the last checkpoint are LOST"
-        say(f"stopped by {reason} after step {step}: {saved}. Resume with --resume_from_checkpoint latest")
+        if is_saved or self.has_progressed:
+            say(
+                f"stopped by {reason} after step {step}: {saved}. Resume with --resume_from_checkpoint latest"
+            )
+        else:
+            say(f"stopped by {reason}: {NOTHING_DONE}")
         sys.exit(OUT_OF_TIME if self.signal is None else 128 + self.signal)
 
 
@@ -79,17 +86,26 @@ class Rescue:
 
     The errors are InputError, of a row deep in a stream for example, and running out of memory: a step was
     rehearsed and fits, so something else has taken memory since. Anything else is a bug, and keeps its
-    traceback.
+    traceback. A run that `stop` ends while it waits for data, exits as at the end of a step.
     """
 
-    def __init__(self, checkpoints: Checkpoints, model, optimizer, say: Callable[[str], None]):
+    def __init__(
+        self, checkpoints: Checkpoints, model, optimizer, say: Callable[[str], None], stop: Stop | None = None
+    ):
         self.checkpoints, self.model, self.optimizer, self.say = checkpoints, model, optimizer, say
+        self.stop = stop
         self.first_step = checkpoints.progress.step
 
     def __enter__(self) -> "Rescue":
         return self
 
     def __exit__(self, kind, error, frames) -> None:
+        if self.stop is not None and isinstance(error, WaitStopped):
+            step = self.checkpoints.progress.step
+            is_saved = self.checkpoints.is_saved(step)
+            if not is_saved and step > self.first_step:
+                is_saved = self.checkpoints.save_last_complete_step(self.say)
+            self.stop.exit(step, is_saved, self.say)
         ran_out = isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error)
         if not ran_out and not isinstance(error, InputError):
             return
@@ -114,5 +130,5 @@ class Rescue:
         if is_new and not self.checkpoints.save_last_complete_step(self.say):
             return "steps since the last checkpoint are LOST; --resume_from_checkpoint latest resumes there"
         if step == self.first_step:
-            return "no step was completed, so the same command starts from the same point"
+            return NOTHING_DONE
         return f"--resume_from_checkpoint latest resumes after step {step}"

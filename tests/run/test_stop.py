@@ -5,14 +5,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
 
+from qlora.data.loader import StepLoader, WaitStopped
 from qlora.errors import InputError
 from qlora.run.checkpoint import Checkpoints, list_checkpoints
 from qlora.run.stop import Rescue, Stop
 from tests.conftest import ROOT
+from tests.data.test_stream import use_windows
+from tests.test_train import adapter, assert_same
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +97,97 @@ def test_without_a_limit_or_before_it_a_run_continues():
         stop = Stop(max_hours)
         stop.step_done()
         assert not stop.is_due()
+
+
+# ---------------------------------------------------------------- while waiting for data
+
+STALLED = """
+import sys, threading
+from functools import partial
+import train
+from qlora.data.prepare import load_rows
+from qlora.data.stream import RowStream
+windows, stall_after = RowStream.windows, int(sys.argv.pop(1))
+def stalling(stream, *place):
+    for number, window in enumerate(windows(stream, *place)):
+        if number == stall_after:
+            threading.Event().wait()  # as a read from a network that does not answer
+        yield window
+RowStream.windows = stalling
+train.load_rows = partial(load_rows, window_rows=8)
+train.main()
+"""
+STREAMING = "--streaming --max_length 64 --max_steps 7 --logging_steps 1 --save_steps 99"
+STREAMING += " --per_device_train_batch_size 4 --gradient_accumulation_steps 1"  # two steps a window
+
+
+@pytest.fixture
+def stalled_run(base, rows_file, tmp_path):
+    """Start a run whose stream stalls behind so many windows, and wait until it has taken their steps."""
+    runs = []
+
+    def start(windows: int):
+        argv = ["--model", base, "--dataset", rows_file, "--output_dir", str(tmp_path / "out")]
+        argv += "--dtype float32 --lora_dropout 0 --learning_rate 3e-3 --no_packing --no_compile".split()
+        run = subprocess.Popen(
+            [sys.executable, "-c", STALLED, str(windows), *argv, *STREAMING.split()], cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        runs.append(run)
+        log = tmp_path / "out" / "metrics.jsonl"
+        while run.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2 * windows):
+            time.sleep(0.05)
+        return run
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_whose_stream_has_stalled(run, stalled_run, monkeypatch, number, code):
+    stalled = stalled_run(2)
+    time.sleep(0.5)  # it waits for its fifth step
+    stalled.send_signal(number)
+    output, _ = stalled.communicate(timeout=20)
+    assert stalled.returncode == code, output
+    assert f"stopped by {number.name} after step 4: checkpoint-4 is complete" in output
+    use_windows(monkeypatch, 8)
+    _, resumed = run(STREAMING, "--resume_from_checkpoint latest")
+    assert_same(adapter(resumed), adapter(run(STREAMING, out="uninterrupted")[1]))
+
+
+def test_a_loader_waits_until_it_has_to_stop():
+    loader, answers, release = StepLoader(None, None, None, 0, 9), [False, False, True], threading.Event()
+    loader.make = lambda step: release.wait() and step
+    with pytest.raises(WaitStopped):
+        loader.take(3, lambda: answers.pop(0))
+    assert not answers
+    release.set()
+    assert loader.take(3, lambda: pytest.fail("the data is there")) == 3  # the same data, not made again
+
+
+def test_a_timeout_while_data_is_read_is_an_error_of_its_own():
+    def make(step):
+        raise TimeoutError("the network")
+
+    loader = StepLoader(None, None, None, 0, 9)
+    loader.make = make
+    with pytest.raises(TimeoutError, match="the network"):
+        loader.take(0)
+
+
+def test_a_run_that_is_stopped_before_its_first_step_promises_nothing(new_checkpoints):
+    checkpoints, messages = new_checkpoints(), []
+    with pytest.raises(SystemExit) as exit, Stop(None) as stop:
+        with Rescue(checkpoints, checkpoints.model, checkpoints.optimizer, messages.append, stop):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise WaitStopped
+    assert exit.value.code == 143 and not list_checkpoints(checkpoints.output_dir)
+    assert messages == [
+        "stopped by SIGTERM: no step was completed, so the same command starts from the same point"
+    ]
 
 
 # ---------------------------------------------------------------- errors in the loop
