@@ -16,7 +16,14 @@ from qlora.config import GenerateConfig
 from qlora.errors import InputError
 from qlora.model.adapter import load_adapter
 from qlora.model.base import load_config, load_tokenizer
-from qlora.model.generation import PromptWriter, generate, generate_batches, read_prompts, room_for_prompt
+from qlora.model.generation import (
+    PromptTooLong,
+    PromptWriter,
+    generate,
+    generate_batches,
+    read_prompts,
+    room_for_prompt,
+)
 from qlora.run.files import check_output_file
 from qlora.run.terminal import command
 
@@ -112,7 +119,8 @@ def write_answers(rows: list[dict], batches: Iterable[list[str]], output_file: P
 
 
 def chat(writer: PromptWriter, reply: Callable, seed: int) -> None:
-    """Answer questions until an empty line or the end of the input. Prompts contain the chat so far.
+    """Answer questions until an empty line or the end of the input. Prompts contain the chat so far, without
+    its oldest questions once the context is full, and without questions that got no answer.
 
     `reply` is generate() but for its prompts, seed and streamer.
     """
@@ -121,17 +129,38 @@ def chat(writer: PromptWriter, reply: Callable, seed: int) -> None:
         print(f"Each question stands alone: the format {writer.row_format} has no earlier turns.")
     messages = []
     while question := read_line("> "):
-        messages.append({"role": "user", "content": question})
+        asked = [*messages, {"role": "user", "content": question}]
         try:
-            prompt = writer.chat(messages)
+            prompt, asked = write_what_fits(writer, asked)
+            if dropped := (len(messages) + 1 - len(asked)) // 2:
+                questions = "question is" if dropped == 1 else f"{dropped} questions are"
+                print(f"(the context is full: the oldest {questions} forgotten)")
             streamer = stdout_streamer(writer.tokenizer)
-            (text,) = reply([prompt], seed=seed + len(messages), streamer=streamer)
+            (text,) = reply([prompt], seed=seed + len(asked), streamer=streamer)
         except (InputError, KeyboardInterrupt) as error:  # too long, or interrupted: continue without it
             print(f"\n{str(error) or 'stopped'}")
-            messages.pop()
+            continue
+        if not text.strip():  # templates refuse an empty turn, and a question without an answer
+            print("(the answer is empty: the chat continues without this question)")
             continue
         text = text if writer.row_format == "text" else text.strip()  # other formats add the space themselves
-        messages.append({"role": "assistant", "content": text})
+        messages = [*asked, {"role": "assistant", "content": text}]
+
+
+def write_what_fits(writer: PromptWriter, messages: list[dict]) -> tuple[list[int], list[dict]]:
+    """The prompt for the next answer, and the turns in it.
+
+    The oldest questions, each with its answer, are left out until it fits. Raises InputError if the last one
+    does not fit alone.
+    """
+    oldest = int(messages[0]["role"] == "system")  # which stays
+    while True:
+        try:
+            return writer.chat(messages), messages
+        except PromptTooLong:
+            if len(messages) - oldest < 3:
+                raise
+            messages = messages[:oldest] + messages[oldest + 2 :]
 
 
 def read_line(prompt: str) -> str:

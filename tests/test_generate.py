@@ -328,6 +328,70 @@ def test_the_chat_continues_after_an_interruption_and_after_too_long_a_question(
     assert "stopped" in (printed := capsys.readouterr().out) and "the prompt has" in printed
 
 
+def chat_with(writer: PromptWriter, questions: list[str], answer, monkeypatch) -> list[str]:
+    """Ask questions in a chat; returns the prompts as text. `answer` is a function of a prompt's text."""
+    asked, lines = [], iter([*questions, ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+
+    def reply(prompts, seed, streamer):
+        asked.append(writer.tokenizer.decode(prompts[0]))
+        return [answer(asked[-1])]
+
+    script.chat(writer, reply, seed=0)
+    return asked
+
+
+@pytest.mark.parametrize("row_format", ["messages", "guanaco", "llama2", "text"])
+def test_the_chat_continues_after_an_empty_answer(tokenizer, monkeypatch, capsys, row_format):
+    writer = PromptWriter(tokenizer, Formatting(row_format), max_tokens=300)
+    asked = chat_with(
+        writer, ["one", "two", "three"], lambda prompt: " \n" if "two" in prompt else " fine", monkeypatch
+    )
+    assert len(asked) == 3 and "one" in asked[2] and "fine" in asked[2] and "two" not in asked[2]
+    assert capsys.readouterr().out.count("(the answer is empty: ") == 1
+
+
+@pytest.mark.parametrize("row_format", ["messages", "guanaco", "llama2"])
+def test_the_chat_forgets_its_oldest_turns_once_the_context_is_full(
+    tokenizer, monkeypatch, capsys, row_format
+):
+    """Every prompt has as many of the last turns as fit, in whole pairs, and none was refused."""
+    writer = PromptWriter(tokenizer, Formatting(row_format), max_tokens=120)
+    questions = [f"q{number} a leaf?" for number in range(12)]
+    turns = []
+    for question in questions:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": "a cloud"}]
+    unlimited = PromptWriter(tokenizer, Formatting(row_format), max_tokens=9999)
+    expected = []
+    for last in range(12):
+        prompts = [unlimited.chat(turns[2 * first : 2 * last + 1]) for first in range(last + 1)]
+        expected.append(next(tokenizer.decode(ids) for ids in prompts if len(ids) <= 120))
+    asked = chat_with(writer, questions, lambda _: "a cloud", monkeypatch)
+    assert asked == expected and "q0" not in asked[-1] and "q10" in asked[-1]
+    printed = capsys.readouterr().out
+    assert "(the context is full: the oldest question is forgotten)" in printed
+    assert "leaves 120 for a prompt" not in printed
+
+
+def test_the_system_turn_stays_when_the_context_is_full(tokenizer):
+    roles = ["system", *["user", "assistant"] * 5, "user"]
+    messages = [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(roles)]
+    unlimited = PromptWriter(tokenizer, Formatting("messages"), max_tokens=9999)
+    want = unlimited.chat([messages[0], *messages[-3:]])
+    writer = PromptWriter(tokenizer, Formatting("messages"), max_tokens=len(want))
+    assert script.write_what_fits(writer, messages) == (want, [messages[0], *messages[-3:]])
+
+
+def test_a_question_that_does_not_fit_alone_is_refused_and_nothing_is_forgotten(
+    tokenizer, monkeypatch, capsys
+):
+    writer = PromptWriter(tokenizer, Formatting("guanaco"), max_tokens=120)
+    asked = chat_with(writer, ["one", "word " * 99, "two"], lambda _: "fine", monkeypatch)
+    assert len(asked) == 2 and "one" in asked[1]
+    printed = capsys.readouterr().out
+    assert "leaves 120 for a prompt" in printed and "forgotten" not in printed
+
+
 def test_the_chat_tells_if_its_format_has_no_history(tokenizer, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _: "")
     script.chat(PromptWriter(tokenizer, Formatting("alpaca"), max_tokens=120), None, seed=0)
@@ -396,7 +460,7 @@ def test_a_sample_prompt_beyond_the_vocabulary_is_refused_before_the_training(tm
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": ROWS[0]["prompt"]}) + "\n")
     largest = max(prompt_ids(tokenizer, ROWS[0]))
-    settings = (str(prompts), tokenizer, "prompt_completion", "text")
+    settings = (str(prompts), tokenizer, Formatting("prompt_completion"))
     config = LlamaConfig(vocab_size=largest + 1, max_position_embeddings=256)
     assert read_samples(*settings, config, 8).prompts == [prompt_ids(tokenizer, ROWS[0])]
     config.vocab_size = largest

@@ -182,7 +182,7 @@ def test_a_merged_folder_is_asked_as_it_was_trained(run, base, tmp_path, capsys)
     rows = tmp_path / "alpaca.jsonl"
     rows.write_text(json.dumps({"instruction": "What is red?", "output": "A leaf."}) + "\n")
     flags = "--max_steps 40 --learning_rate 1e-2 --lora_target_modules all-linear --bnb_4bit_quant_type fp4"
-    _, folder = run(flags, "--dtype bfloat16 --seed 7", dataset=str(rows))
+    _, folder = run(flags, "--dtype bfloat16", dataset=str(rows))
     capsys.readouterr()
     whole = str(merged(tmp_path / "merged", base, folder))
     capsys.readouterr()
@@ -192,7 +192,7 @@ def test_a_merged_folder_is_asked_as_it_was_trained(run, base, tmp_path, capsys)
     assert parse_for_adapter(GenerateConfig, ["--model", whole, "--load_in_4bit"]).load_in_4bit
     assert parse_for_adapter(GenerateConfig, ["--model", whole, "--dtype", "float32"]).dtype == "float32"
     scores = parse_for_adapter(EvaluateConfig, ["--model", whole, "--dataset", str(rows)])
-    assert (scores.dataset_format, scores.validation_seed, scores.load_in_4bit) == ("alpaca", 7, False)
+    assert (scores.dataset_format, scores.load_in_4bit) == ("alpaca", False)
     settings = json.loads((Path(whole) / SETTINGS).read_text())
     assert BASE not in settings and BASE in json.loads((folder / SETTINGS).read_text())
 

@@ -16,6 +16,10 @@ from qlora.data.tokenized import check_token_id
 from qlora.errors import InputError
 
 
+class PromptTooLong(InputError):
+    """A prompt leaves no room for its answer in the model's context."""
+
+
 class PromptWriter:
     """Writes chats and rows as prompts in token ids, in the row format that the adapter was trained on.
 
@@ -23,9 +27,7 @@ class PromptWriter:
     token that a model of `vocab_size` tokens lacks, and for a tokenizer without EOS.
     """
 
-    def __init__(
-        self, tokenizer, formatting: Formatting, max_tokens: float, vocab_size: float = math.inf
-    ):
+    def __init__(self, tokenizer, formatting: Formatting, max_tokens: float, vocab_size: float = math.inf):
         if tokenizer.eos_token_id is None:
             raise InputError(
                 "the tokenizer has no end-of-sequence token, so no answer would end: set eos_token in its "
@@ -67,7 +69,7 @@ class PromptWriter:
             raise InputError(f"{where} is empty")
         check_token_id(max(ids), self.vocab_size)
         if len(ids) > self.max_tokens:
-            raise InputError(
+            raise PromptTooLong(
                 f"{where} has {len(ids)} tokens, but the answer (--max_new_tokens) leaves {self.max_tokens} "
                 "for a prompt in the model's context"
             )
