@@ -1,4 +1,4 @@
-"""Tokens on disk: an entry is a folder of .arrow files under its key, published when complete."""
+"""Tokens on disk: an entry is a folder of .arrow files, named after its key, published when complete."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import datasets
@@ -42,6 +42,11 @@ def is_complete(entry: Path) -> bool:
         return False
 
 
+def find_entry(cache_folder: Path, key: str) -> Path | None:
+    """A complete entry of this key, if there is one."""
+    return next((entry for entry in sorted(cache_folder.glob(f"{key}*")) if is_complete(entry)), None)
+
+
 def load_table(entry: Path) -> Dataset:
     """The table of a complete entry, memory-mapped. Its rows are those of its parts by file name."""
     parts = sorted(str(path) for path in entry.glob("*.arrow"))
@@ -49,20 +54,24 @@ def load_table(entry: Path) -> Dataset:
 
 
 @contextmanager
-def new_entry(entry: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield (folder to fill with .arrow files, scratch folder), and publish the first as `entry`.
+def new_entry(cache_folder: Path, key: str) -> Iterator[tuple[Path, Path]]:
+    """Yield (folder to fill with .arrow files, scratch folder), and publish the first under this key.
 
     It is published by one rename if the block ends without an error, so a kill leaves no partial entry.
-    Processes that write the same entry at once each use a folder of their own; the first to finish publishes,
-    the others discard theirs. Raises OSError if nothing can be written.
+    Processes that write the same entry at once each use a folder and a name of their own, and no complete
+    entry is ever removed: none can take away what another is about to load. Usually the first to finish
+    publishes and the others discard theirs. Raises OSError if nothing can be written.
     """
-    shutil.rmtree(entry, ignore_errors=True)  # incomplete, or the caller would not write it
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    for folder in entry.parent.glob(f"{UNFINISHED}*"):
-        if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    for folder in cache_folder.glob(f"{UNFINISHED}*"):
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+    for entry in cache_folder.glob(f"{key}*"):
+        if not is_complete(entry):  # it was when it was published, so it is damaged
+            shutil.rmtree(entry, ignore_errors=True)
     with tempfile.TemporaryDirectory(
-        prefix=UNFINISHED, dir=entry.parent, ignore_cleanup_errors=True
+        prefix=UNFINISHED, dir=cache_folder, ignore_cleanup_errors=True
     ) as staging:
         parts, scratch = Path(staging, "parts"), Path(staging, "scratch")
         parts.mkdir()
@@ -70,8 +79,5 @@ def new_entry(entry: Path) -> Iterator[tuple[Path, Path]]:
         yield parts, scratch
         sizes = {path.name: path.stat().st_size for path in parts.iterdir()}
         (parts / SIZES).write_text(json.dumps(sizes))
-        try:
-            os.rename(parts, entry)
-        except OSError:
-            if not is_complete(entry):  # otherwise another process was faster
-                raise
+        if find_entry(cache_folder, key) is None:
+            os.rename(parts, cache_folder / f"{key}-{Path(staging).name.removeprefix(UNFINISHED)}")

@@ -79,7 +79,7 @@ def load_rows(
 
 def tokenize_source(tokenizer, formatting: Formatting, source: RowSource) -> TokenizedRows:
     """The rows of a source, tokenized and cached. Raises InputError if none can be used."""
-    rows = tokenize_rows(source, tokenizer, formatting, name=str(source), content=source.content())
+    rows = tokenize_rows(source, tokenizer, formatting, name=str(source), content=source.content)
     if not len(rows):
         raise InputError(f"no row of {source} can be used: {rows.describe_drops()}")
     return rows

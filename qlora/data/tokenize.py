@@ -65,19 +65,21 @@ def tokenize_rows(
     tokenizer,
     formatting: Formatting = Formatting(),
     name: str = "the data",
-    content: str | None = None,
+    content: Callable[[], str] | None = None,
     cache_folder: Path | None = None,
 ) -> TokenizedRows:
     """Tokenize every usable row in full, and count the others by reason.
 
-    Each row gets at most one BOS and ends in a trained EOS. With `content`, a hash of what the rows contain,
-    the tokens are cached in `cache_folder` (default: in that of `datasets`) and found there the next time;
-    `located_rows` must then be iterable more than once. Without it they stay in memory. If the rows are
-    messages and the tokenizer has no chat template, it is given FALLBACK_CHAT_TEMPLATE. Raises InputError if
-    the format is not recognized or no row has a column it needs; `name` is the data's name in such messages.
+    Each row gets at most one BOS and ends in a trained EOS. With `content`, which returns a hash of what the
+    rows contain, the tokens are cached in `cache_folder` (default: in that of `datasets`) and found there the
+    next time; `located_rows` must then be iterable more than once. Without it they stay in memory. If the
+    rows are messages and the tokenizer has no chat template, it is given FALLBACK_CHAT_TEMPLATE. Raises
+    InputError if the format is not recognized, no row has a column it needs, or the content changes
+    meanwhile; `name` is the data's name in such messages.
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-sequence token, so no answer could learn to stop")
+    content_hash = content() if content else None  # before anything is read
     remaining = iter(located_rows)
     sample = list(islice(remaining, SAMPLE_ROWS))
     formatting = checked_format([row for _, row in sample], formatting, name)
@@ -89,16 +91,18 @@ def tokenize_rows(
         rows = tokenize_window([*sample, *remaining], tokenizer, formatting)
     else:
         code = sorted(Path(__file__).parent.glob("*.py"))  # a change to any of it makes cached tokens stale
-        key = cache.cache_key(tokenizer, {**vars(formatting), "name": name, "content": content}, code)
+        depends_on = {**vars(formatting), "name": name, "content": content_hash}
+        key = cache.cache_key(tokenizer, depends_on, code)
+        check = partial(_check_unchanged, content, content_hash, name)
         tokenize = partial(tokenize_batch, tokenizer=tokenizer, formatting=formatting)
         cache_folder = cache_folder or Path(datasets.config.HF_DATASETS_CACHE, "qlora")
         storage = None
         try:
-            table = _cached_table(cache_folder / key, located_rows, tokenize)
+            table = _cached_table(cache_folder, key, located_rows, tokenize, check)
         except OSError as error:
             print(f"Tokens are not cached: {first_line(error)}")
             storage = tempfile.TemporaryDirectory(prefix="qlora-tokens-", ignore_cleanup_errors=True)
-            table = _cached_table(Path(storage.name, key), located_rows, tokenize)
+            table = _cached_table(Path(storage.name), key, located_rows, tokenize, check)
         rows = _usable_rows(table, formatting, storage)
     if row_format in MARKERS:
         texts = [text for _, row in sample if isinstance(text := row.get(formatting.text_field), str)]
@@ -253,13 +257,28 @@ def _usable_rows(table: Dataset, formatting: Formatting, storage) -> TokenizedRo
 
 
 def _cached_table(
-    entry: Path, located_rows: Iterable[LocatedRow], tokenize: Callable[[dict], dict]
-) -> Dataset:
-    """The tokens of a cache entry, tokenized now if it is not complete. Raises OSError if it cannot write."""
-    if not cache.is_complete(entry):
-        with cache.new_entry(entry) as (folder, scratch):
+    cache_folder: Path, key: str, located_rows: Iterable[LocatedRow], tokenize: Callable[[dict], dict],
+    check: Callable[[], None],
+) -> Dataset:  # fmt: skip
+    """The tokens in the cache, written now if they are not there and `check` lets them be published.
+
+    Raises OSError if they cannot be written.
+    """
+    entry = cache.find_entry(cache_folder, key)
+    if entry is None:
+        with cache.new_entry(cache_folder, key) as (folder, scratch):
             write_tokens(located_rows, tokenize, folder, scratch)
+            check()
+        entry = cache.find_entry(cache_folder, key)
+    if entry is None:
+        raise FileNotFoundError(f"{cache_folder} was emptied meanwhile")
     return cache.load_table(entry)
+
+
+def _check_unchanged(content: Callable[[], str], content_hash: str, name: str) -> None:
+    """Raise InputError if the data are not as they were: half of their rows might be old, half new."""
+    if content() != content_hash:
+        raise InputError(f"{name} changed while it was read: start again when nothing writes to it")
 
 
 def write_tokens(

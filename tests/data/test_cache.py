@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,12 +11,12 @@ import datasets
 import pytest
 import transformers
 
-from qlora.data.cache import cache_key, is_complete, load_table, new_entry
+from qlora.data.cache import cache_key, find_entry, load_table, new_entry
 from qlora.data.formatting import Formatting
 from qlora.data.sources import RowSource
 from qlora.data.tokenize import tokenize_rows
 from qlora.errors import InputError
-from tests.conftest import ROWS
+from tests.conftest import ROOT, ROWS
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def data(tmp_path):
 
 def tokenize(data, tokenizer, cache, **options):
     source = RowSource(str(data))
-    options = {"name": str(source), "content": source.content(), "cache_folder": cache} | options
+    options = {"name": str(source), "content": source.content, "cache_folder": cache} | options
     return tokenize_rows(source, tokenizer, **options)
 
 
@@ -39,9 +41,7 @@ def tokenize_sample(data, tokenizer, cache):
     """As tokenize, but only the first row can be read: the others must come from the cache."""
     source = RowSource(str(data))
     first_row = next(iter(source))
-    return tokenize_rows(
-        [first_row], tokenizer, name=str(source), content=source.content(), cache_folder=cache
-    )
+    return tokenize_rows([first_row], tokenizer, name=str(source), content=source.content, cache_folder=cache)
 
 
 def contents(rows):
@@ -148,22 +148,68 @@ def test_damaged_tokens_are_tokenized_again(cache, data, tokenizer, damage):
 
 
 def test_of_two_processes_that_write_the_same_entry_one_publishes_and_none_fails(cache):
-    entry = cache / "key"
-    with new_entry(entry) as (slow, _):
+    with new_entry(cache, "key") as (slow, _):
         write_row(slow, "slow")
-        with new_entry(entry) as (fast, _):
+        with new_entry(cache, "key") as (fast, _):
             write_row(fast, "fast")
-        assert is_complete(entry)
-    assert is_complete(entry) and load_table(entry)["text"][0] == "fast"
+        assert find_entry(cache, "key")
+    assert load_table(find_entry(cache, "key"))["text"][0] == "fast"
+    assert list(cache.iterdir()) == [find_entry(cache, "key")]
+
+
+def test_an_entry_that_is_published_while_another_process_begins_is_not_removed(cache):
+    """The other has looked, found nothing, and now removes what it takes for damaged."""
+    with new_entry(cache, "key") as (folder, _):
+        write_row(folder, "published")
+    entry = find_entry(cache, "key")
+    with new_entry(cache, "key") as (folder, _):
+        assert load_table(entry)["text"][0] == "published"
+        write_row(folder, "late")
     assert list(cache.iterdir()) == [entry]
+
+
+def test_processes_that_tokenize_the_same_rows_at_once_all_succeed(cache, data, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom transformers import AutoTokenizer\n"
+        "from qlora.data.sources import RowSource\nfrom qlora.data.tokenize import tokenize_rows\n"
+        "tokenizer, source = AutoTokenizer.from_pretrained(sys.argv[1]), RowSource(sys.argv[2])\n"
+        "rows = tokenize_rows(source, tokenizer, content=source.content, cache_folder=Path(sys.argv[3]))\n"
+        "print(len(rows), rows.fetch([0])[0][0].tolist())"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "tokenizer", data, cache]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    outputs = [process.communicate() for process in processes]
+    want, _ = tokenize(data, tokenizer, None)[0]
+    for out, err in outputs:
+        assert "Traceback" not in err and out == f"{len(ROWS)} {want.tolist()}\n"
+    assert not list(cache.glob("unfinished-*"))
+
+
+class GrowingSource(RowSource):
+    """A file to which another program still writes when its last row has been read."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+        Path(self.dataset).write_text(json.dumps(ROWS[0]) + "\n")
+
+
+def test_data_that_change_while_they_are_read_are_refused_and_not_cached(cache, data, tokenizer):
+    source = GrowingSource(str(data))
+    with pytest.raises(InputError, match="rows changed while it was read"):
+        tokenize_rows(source, tokenizer, name="rows", content=source.content, cache_folder=cache)
+    assert not list(cache.iterdir())
 
 
 def test_an_entry_whose_writer_fails_is_not_published(cache):
     with pytest.raises(KeyError):
-        with new_entry(cache / "key") as (folder, _):
+        with new_entry(cache, "key") as (folder, _):
             write_row(folder, "half")
             raise KeyError
-    assert not list(cache.iterdir()) and not is_complete(cache / "key")
+    assert not list(cache.iterdir())
 
 
 def test_what_killed_processes_left_behind_is_removed_after_a_day(cache, data, tokenizer):
