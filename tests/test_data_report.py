@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, ROWS
 
 
 def command(base, rows_file, tmp_path, *flags):
@@ -20,6 +20,19 @@ def test_the_command_prints_the_report_and_trains_nothing(base, rows_file, tmp_p
     assert result.returncode == 0, result.stderr
     assert "train: 38 rows read = 38 used + 0 dropped" in result.stdout and "⟦" in result.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_the_report_lists_the_files_of_a_folder_that_are_read_and_left_out(base, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for name in ("rows.jsonl", "test.jsonl"):
+        (tmp_path / "data" / name).write_text(json.dumps(ROWS[0]) + "\n")
+    argv = ["--model", base, "--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    line = f"{tmp_path / 'data'}: 1 files read: rows.jsonl; left out: 1 of split test: test.jsonl"
+    for kind in ("text", "json"):
+        with pytest.raises(SystemExit, match="0"):
+            train.main([*argv, "--data_report", kind])
+        shown = capsys.readouterr().out
+        assert line in (json.loads(shown)["train"]["files"] if kind == "json" else shown)
 
 
 def test_the_report_as_json_with_its_picture(base, rows_file, tmp_path):

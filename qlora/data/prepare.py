@@ -39,6 +39,7 @@ def load_rows(
         (source,) = train_sources
         sample = list(islice(source, window_rows))
         train_rows = tokenize_rows(sample, tokenizer, formatting, name=str(source))
+        train_rows.files = source.describe_files()
     else:
         parts = [tokenize_source(tokenizer, formatting, source) for source in train_sources]
         train_rows = mix(parts)
@@ -82,6 +83,7 @@ def tokenize_source(tokenizer, formatting: Formatting, source: RowSource) -> Tok
     rows = tokenize_rows(source, tokenizer, formatting, name=str(source), content=source.content)
     if not len(rows):
         raise InputError(f"no row of {source} can be used: {rows.describe_drops()}")
+    rows.files = source.describe_files()
     return rows
 
 

@@ -38,6 +38,7 @@ def describe_rows(rows: TokenizedRows, batch_size: int, accumulation: int, seed:
     packs = StepOrder(rows.lengths, 1, seed, pack_length=rows.max_length).steps_in(0)
     tokens = int(rows.lengths.sum())
     return {
+        "files": rows.files,
         "format": rows.row_format,
         "rows_read": rows.rows_read,
         "rows_used": len(rows),
@@ -108,9 +109,12 @@ def count_leaks(train_rows: TokenizedRows, validation_rows: TokenizedRows) -> di
 
 def short_report(report: dict) -> dict[str, str]:
     """The report in a few lines for the start screen: subject -> text."""
-    facts = _summary(report["train"], report["max_length"])
+    facts = {}
+    if files := [line for name in ("train", "validation") for line in report.get(name, {}).get("files", [])]:
+        facts["files"] = "\n".join(files)
     if notes := report["train"]["notes"]:
-        facts["notes"] = "; ".join(_notes(notes))
+        facts["notes"] = "\n".join(_notes(notes))
+    facts |= _summary(report["train"], report["max_length"])
     if "in_both" in report:
         facts["leaks"] = _leaks(report["in_both"])
     if report["problems"]:
@@ -133,6 +137,7 @@ def full_report(report: dict) -> str:
                 for reason, count in split["rows_dropped"].items()
             ),
             *(f"  note: {note}" for note in _notes(split["notes"])),
+            *(f"  files: {line}" for line in split["files"]),
             f"  format {split['format']}; {split['tokens']:,} tokens, {split['targets']:,} trained",
             *(f"  {subject}: {text}" for subject, text in _summary(split, report["max_length"]).items()),
             *_histogram_bars(split["histogram"]),

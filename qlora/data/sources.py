@@ -3,8 +3,10 @@
 import csv
 import hashlib
 import json
+import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -12,8 +14,13 @@ from pathlib import Path
 
 from qlora.errors import InputError, first_line
 
-# A folder's files with one of these in their names are not training data.
+# A folder's files that are named after one of these are not training data.
 OTHER_SPLITS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
+# What may stand around a split's name: alpaca_train, test_data, train-00000-of-00001-a09b74b3ef9c3b56.
+BEFORE_SPLIT = r"(?:.*[-_. ])?"
+DATA_WORD = r"(?:[-_. ]?(?:data|dataset|set|split|rows|examples|samples))?"
+SHARD = r"(?:(?<=[a-z])\d+)?(?:[-_. ](?:\d+|of|[0-9a-f]{16}))*"
+SHOWN_FILES = 3  # of a folder, per reason why they are left out
 
 LocatedRow = tuple[str, dict]  # ("rows.jsonl line 12", {column: value})
 
@@ -32,6 +39,17 @@ class RowSource:
 
     def __str__(self) -> str:
         return self.dataset if self.split == "train" else f"{self.dataset} ({self.split})"
+
+    def describe_files(self) -> list[str]:
+        """For a folder, one line: which files are read, and which are left out and why. Else no line."""
+        split_name, _, _ = parse_split(self.split)
+        if not Path(self.dataset).is_dir():
+            return []
+        taken, left_out = _choose_files(Path(self.dataset), split_name)
+        names = [str(path.relative_to(self.dataset)) for path in taken]
+        text = f"{self}: {len(taken):,} files read: {_shortened(names)}"
+        reasons = [f"{len(names):,} {reason}: {_shortened(names)}" for reason, names in left_out.items()]
+        return [f"{text}; left out: {'; '.join(reasons)}" if reasons else text]
 
     def content(self) -> str:
         """A hash of everything iterating would read: file bytes, or the fingerprint `datasets` has."""
@@ -95,7 +113,17 @@ def _absolute_slice(start, stop, row_count: int) -> tuple[int, int]:
 
 
 def _local_files(dataset: str, split_name: str) -> list[Path] | None:
-    """The files of a local dataset's split, or None for a hub dataset."""
+    """The files of a local dataset's split, or None for a hub dataset. Raises InputError."""
+    files = _find_local_files(dataset, split_name)
+    for path in files or ():
+        try:
+            str(path).encode()  # as the locations of its rows will be
+        except UnicodeEncodeError as error:
+            raise InputError(f"the path {_printable(path)} is not UTF-8: rename it") from error
+    return files
+
+
+def _find_local_files(dataset: str, split_name: str) -> list[Path] | None:
     path = Path(dataset)
     if path.is_file():
         if path.suffix.lower() not in READERS:
@@ -113,22 +141,76 @@ def _local_files(dataset: str, split_name: str) -> list[Path] | None:
 
 
 def _files_of_split(folder: Path, split_name: str) -> list[Path]:
-    """A folder's data files named after the split. For train, if there are none: files of no other split."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
-    chosen = _named_after(split_name, files, folder)
-    if not chosen and split_name == "train":
-        others = {path for other in OTHER_SPLITS for path in _named_after(other, files, folder)}
-        chosen = [path for path in files if path not in others]
-    if not chosen:
-        of_split = f" of split '{split_name}'" if files else ""
+    taken, left_out = _choose_files(folder, split_name)
+    if not taken:
+        of_split = ""
+        if of_splits := [name for reason, names in left_out.items() if " split" in reason for name in names]:
+            of_split = f" of split '{split_name}': it has {_shortened(of_splits)}"
         raise InputError(f"{folder} has no {', '.join(READERS)} file{of_split}")
-    return chosen
+    return taken
 
 
-def _named_after(split_name: str, files: list[Path], folder: Path) -> list[Path]:
-    """The files whose path inside the folder contains the split's name as a whole word."""
-    word = re.compile(rf"(?<![a-z0-9]){re.escape(split_name.lower())}(?![a-z0-9])")
-    return [path for path in files if word.search(str(path.relative_to(folder)).lower())]
+def _choose_files(folder: Path, split_name: str) -> tuple[list[Path], dict[str, list[str]]]:
+    """(a folder's data files of a split, reason -> names of the files that are left out).
+
+    For train, if no file is named after it: the files that are named after no split. Raises InputError.
+    """
+    by_split, hidden, other_types, links = defaultdict(list), [], [], []
+    # Not rglob(), which skips folders that it cannot read.
+    for place, folders, files in os.walk(folder, onerror=_raise_unreadable):
+        inside = Path(place).relative_to(folder)
+        hidden += [str(inside / name) for name in sorted([*folders, *files]) if name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # os.walk() enters these
+        links += [str(inside / name) for name in folders if Path(place, name).is_symlink()]  # but not these
+        for name in sorted(name for name in files if not name.startswith(".")):
+            path = Path(place, name)
+            is_readable = path.is_file() or not path.exists()  # a broken link is an error once it is opened
+            if is_readable and path.suffix.lower() in READERS:
+                by_split[_split_of(inside / name, split_name)].append(path)
+            else:
+                other_types.append(str(inside / name))
+    taken = by_split.pop(split_name, [])
+    if not taken and split_name == "train":
+        taken = by_split.pop(None, [])
+    left_out = {
+        f"of split {split}" if split else "of no split": [str(path.relative_to(folder)) for path in paths]
+        for split, paths in by_split.items()
+    }
+    left_out |= {"hidden": hidden, "of another type": other_types, "linked folders": links}
+    return sorted(taken), {reason: names for reason, names in left_out.items() if names}
+
+
+def _split_of(path: Path, wanted: str) -> str | None:
+    """The split that a file belongs to by its `path` inside the folder: `wanted`, or one of the usual names.
+
+    The file's own name decides if it is that of a split, else the innermost folder with such a name. Either
+    must name the split as a whole: dev-ops and train_v2 name none.
+    """
+    if split := _split_named_by(path.stem, wanted, BEFORE_SPLIT, SHARD):
+        return split
+    return next(filter(None, (_split_named_by(part, wanted) for part in reversed(path.parts[:-1]))), None)
+
+
+def _split_named_by(name: str, wanted: str, before: str = "", after: str = "") -> str | None:
+    for splits in ([wanted], ["train", *OTHER_SPLITS]):
+        pattern = rf"{before}({'|'.join(map(re.escape, splits))}){DATA_WORD}{after}"
+        if match := re.fullmatch(pattern, name, re.IGNORECASE):
+            return wanted if splits == [wanted] else match[1].lower()
+    return None
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise InputError(f"cannot read {_printable(error.filename)}: {error.strerror}") from error
+
+
+def _shortened(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_FILES:,} more" if len(names) > SHOWN_FILES else ""
+    return ", ".join(map(_printable, names[:SHOWN_FILES])) + more
+
+
+def _printable(path: str | Path) -> str:
+    """A path as text; bytes that are not UTF-8 become \\xe9."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
 
 
 def _load_from_hub(dataset: str, split: str, config_name: str | None, streaming: bool = False):

@@ -44,6 +44,7 @@ class TokenizedRows:
     lost_lengths: np.ndarray = field(default_factory=partial(np.zeros, 0, int))  # of the rows cut() dropped
     chat_template: str | None = None  # asks as rows of guanaco and llama2 do (formats.turn_template)
     held_out: "HeldOut | None" = None  # the rows that hold_out() has taken away
+    files: list[str] = field(default_factory=list)  # which files of each folder were read, in words
     storage: object = None  # keeps the temporary folder of an uncached table alive
 
     @property
@@ -131,7 +132,7 @@ class TokenizedRows:
         """The chosen rows. The counts of what was read and dropped stay with the original."""
         return replace(
             self, indices=self.indices[rows], source_ids=self.source_ids[rows], rows_read=0,
-            dropped=Counter(), first_dropped={}, lost_lengths=np.zeros(0, int),
+            dropped=Counter(), first_dropped={}, lost_lengths=np.zeros(0, int), files=[],
         )  # fmt: skip
 
     def cut(self, max_length: int) -> "TokenizedRows":
@@ -184,6 +185,7 @@ def mix(parts: list[TokenizedRows]) -> TokenizedRows:
         dropped=sum((part.dropped for part in parts), Counter()),
         first_dropped=first_dropped,
         chat_template=parts[0].chat_template,
+        files=[line for part in parts for line in part.files],
         storage=[part.storage for part in parts],
     )
 
@@ -226,7 +228,7 @@ def hold_out(rows: TokenizedRows, amount: float, seed: int) -> tuple[TokenizedRo
         np.unique(rows.column("row_hash")[is_held_out & (rows.source_ids == source)])
         for source in range(rows.source_ids.max() + 1)
     ])  # fmt: skip
-    counts = {"dropped": rows.dropped, "first_dropped": rows.first_dropped, "lost_lengths": rows.lost_lengths}
+    counts = {name: getattr(rows, name) for name in ("dropped", "first_dropped", "lost_lengths", "files")}
     return (
         replace(
             rows.subset(np.flatnonzero(~is_held_out)), rows_read=rows.rows_read - count, held_out=held_out,

@@ -2,8 +2,8 @@
 
 
 def aligned(**facts: str) -> str:
-    """One line for each fact: its name, then its value, aligned."""
-    return "\n".join(f"{name:<10}  {value}" for name, value in facts.items())
+    """One line for each fact: its name, then its value, aligned. Further lines of a value are indented."""
+    return "\n".join(f"{name:<10}  {value}".replace("\n", "\n" + " " * 12) for name, value in facts.items())
 
 
 def side_by_side(samples: list[dict]) -> str:

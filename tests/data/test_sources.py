@@ -1,6 +1,8 @@
 """Reading rows: every type of file, broken and unusual ones, folders, slices as `datasets` makes them."""
 
+import errno
 import json
+import os
 
 import datasets
 import numpy as np
@@ -188,7 +190,7 @@ def make_folder(folder, **texts):
     """Write one jsonl file for each name; __ stands for a slash."""
     for name, text in texts.items():
         path = folder / (name.replace("__", "/") + ".jsonl")
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"text": text}) + "\n")
     return folder
 
@@ -228,6 +230,113 @@ def test_files_named_after_other_splits_are_not_training_data(tmp_path, word):
     assert read(tmp_path) == [{"text": "training row"}]
 
 
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("train", "train"), ("TRAIN", "train"), ("train-00000-of-00001", "train"), ("train_1", "train"),
+        ("train-00000-of-00001-a09b74b3ef9c3b56", "train"),  # as push_to_hub() of `datasets` names its files
+        ("squad.train", "train"), ("alpaca_train", "train"), ("alpaca-test", "test"), ("my dev", "dev"),
+        ("alpaca_test-00000-of-00002", "test"), ("test-2026-01-05", "test"), ("test2", "test"),
+        ("test_data", "test"), ("my_validation_rows", "validation"), ("testset", "test"),
+        ("test/part1", "test"), ("a/test/b/part1", "test"), ("test/train/part1", "train"),
+        ("test/train-1", "train"), ("train/test", "test"), ("train_v2/test", "test"), ("test_data/a", "test"),
+        ("dev-ops", None), ("unit-test-writing", None), ("latest", None), ("constraint", None),
+        ("train_v2/rows", None), ("test-suite/rows", None), ("train_v2", None), ("evaluate", None),
+    ],
+)  # fmt: skip
+def test_a_file_belongs_to_the_split_that_its_name_or_its_folder_names_as_a_whole(tmp_path, name, split):
+    """Rows of no split are training rows where no file is named after train."""
+    make_folder(tmp_path, **{name.replace("/", "__"): "this", "rows_of_no_split": "other"})
+    trained = [row["text"] for row in read(tmp_path)]
+    assert sorted(trained) == {"train": ["this"], None: ["other", "this"]}.get(split, ["other"])
+    if split not in ("train", None):
+        assert [row["text"] for row in read(tmp_path, split)] == ["this"]
+
+
+def test_hidden_files_and_folders_are_skipped(tmp_path):
+    make_folder(
+        tmp_path / ".hidden", train="a", **{".ipynb_checkpoints__train-checkpoint": "old", "b__.c": "x"}
+    )
+    assert read(tmp_path / ".hidden") == [{"text": "a"}]  # only what is inside the folder counts
+
+
+def described(folder, split="train") -> str:
+    (line,) = RowSource(str(folder), split).describe_files()
+    return line
+
+
+def test_a_folder_describes_what_is_read_and_what_is_left_out_and_why(tmp_path):
+    make_folder(
+        tmp_path, b="b", a="a", test="t", **{".ipynb_checkpoints__a-checkpoint": "old", "x__dev": "d"}
+    )
+    (tmp_path / "README.md").write_text("notes")
+    (tmp_path / "link").symlink_to(tmp_path / "x", target_is_directory=True)
+    assert described(tmp_path) == (
+        f"{tmp_path}: 2 files read: a.jsonl, b.jsonl; left out: 1 of split test: test.jsonl; "
+        "1 of split dev: x/dev.jsonl; 1 hidden: .ipynb_checkpoints; 1 of another type: README.md; "
+        "1 linked folders: link"
+    )
+    make_folder(tmp_path, train="c")
+    no_split = "left out: 2 of no split: a.jsonl, b.jsonl; 1 of split "
+    assert described(tmp_path).startswith(f"{tmp_path}: 1 files read: train.jsonl; {no_split}test: ")
+    text = f"{tmp_path} (test[:1]): 1 files read: test.jsonl; {no_split}train: "
+    assert described(tmp_path, "test[:1]").startswith(text)
+
+
+def test_long_lists_of_files_are_shortened_with_a_count(tmp_path):
+    make_folder(tmp_path, **{f"rows-{number:03}": "a" for number in range(120)})
+    assert described(tmp_path) == (
+        f"{tmp_path}: 120 files read: rows-000.jsonl, rows-001.jsonl, rows-002.jsonl and 117 more"
+    )
+
+
+def test_only_a_folder_describes_its_files(tmp_path):
+    make_folder(tmp_path, rows="a")
+    assert RowSource(str(tmp_path / "rows.jsonl")).describe_files() == []
+    assert RowSource("someone/data").describe_files() == []
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"caf\xe9/rows.jsonl"], ids=["file", "folder"])
+def test_a_name_that_is_not_utf8_is_a_one_line_error_if_the_file_is_to_be_read(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(GOOD)
+    message = r"caf\\xe9.* is not UTF-8: rename it"
+    for dataset in map(str, (tmp_path, path.parent, path)):
+        for read_it in (RowSource.content, list):
+            with pytest.raises(InputError, match=message) as error:
+                read_it(RowSource(dataset))
+            str(error.value).encode()  # can be printed
+
+
+def test_a_name_that_is_not_utf8_does_not_matter_if_the_file_is_left_out(tmp_path):
+    make_folder(tmp_path, train="a")
+    (tmp_path / os.fsdecode(b"caf\xe9.md")).write_bytes(b"notes")
+    assert read(tmp_path) == [{"text": "a"}]
+    assert described(tmp_path).endswith(r"1 of another type: caf\xe9.md")
+
+
+def test_a_folder_inside_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    make_folder(tmp_path, a="a", sub__b="b")
+    scandir = os.scandir
+
+    def refuse(path):  # a mode would not stop root
+        if str(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"cannot read .*sub: Permission denied"):
+        read(tmp_path)
+
+
+def test_a_link_to_a_file_that_is_gone_is_an_error(tmp_path):
+    make_folder(tmp_path, a="a")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(InputError, match=r"cannot read .*b\.jsonl: No such file"):
+        read(tmp_path)
+
+
 def test_a_folder_may_mix_file_types_and_other_files_are_ignored(tmp_path):
     make_folder(tmp_path, a="a")
     (tmp_path / "b.csv").write_text("text\nb\n")
@@ -238,7 +347,7 @@ def test_a_folder_may_mix_file_types_and_other_files_are_ignored(tmp_path):
 @pytest.mark.parametrize("split", ["validation", "train2", "test"])
 def test_a_split_missing_from_a_folder_is_an_error(tmp_path, split):
     make_folder(tmp_path, train="a")
-    with pytest.raises(InputError, match=f"no .* file of split '{split}'"):
+    with pytest.raises(InputError, match=f"no .* file of split '{split}': it has train.jsonl"):
         read(tmp_path, split)
 
 

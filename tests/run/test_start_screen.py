@@ -1,5 +1,6 @@
 """What a run prints at its start: the plan of its steps, and why rows are not packed."""
 
+import json
 import shlex
 
 import numpy as np
@@ -10,6 +11,7 @@ from qlora.data.order import StepOrder
 from qlora.model.base import load_tokenizer
 from qlora.run import start_screen
 from qlora.speed.plan import Plan
+from tests.conftest import ROWS
 
 
 @pytest.fixture
@@ -49,3 +51,18 @@ def test_the_last_line_is_a_command_that_a_shell_can_read():
     assert shlex.split(command) == [
         "generate.py", "--model", "my base", "--adapter", "out", "--trust_remote_code", "--prompt", "..."
     ]  # fmt: skip
+
+
+def test_the_files_of_a_folder_that_are_read_and_left_out_are_beside_the_data_line(run, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train.jsonl", "test.jsonl", "dev-ops.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in ROWS[:4]))
+    run("--max_steps 1 --validation_split test", dataset=str(folder))
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("data  "))
+    left_out = "; left out: 1 of no split: dev-ops.jsonl; 1 of split"
+    assert lines[start + 2 : start + 4] == [
+        f"files       {folder}: 1 files read: train.jsonl{left_out} test: test.jsonl",
+        f"            {folder} (test): 1 files read: test.jsonl{left_out} train: train.jsonl",
+    ]
