@@ -111,8 +111,8 @@ def train(config: TrainConfig):
     stop = Stop(config.max_hours)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.check_device(device.type)
-    if config.push_to_hub:
-        config = replace(config, hub_model_id=hub.check_hub(config.repository))  # now, not hours later
+    if config.push_to_hub:  # checked now, not hours later
+        config = replace(config, hub_model_id=hub.check_hub(config.repository, config.hub_private_repo))
     if config.plan_only:
         return run(config, device, stop, None)
     with claim_folder(

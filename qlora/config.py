@@ -369,7 +369,9 @@ class TrainConfig(Flags):
         needs="--push_to_hub", resume="free", on_card=False,
     )
     hub_private_repo: bool = flag(
-        False, "Create that repository as a private one.",
+        False,
+        "Create that repository as a private one, and refuse it if it exists and is public. Without this "
+        "flag, a new one is as its owner's settings on the hub say.",
         needs="--push_to_hub", resume="free", on_card=False,
     )
     max_hours: float | None = flag(
@@ -791,7 +793,12 @@ class MergeConfig(AdapterFlags):
         None, "Repository for --push_to_hub: name or owner/name. Default: the name of the output folder.",
         needs="--push_to_hub",
     )
-    hub_private_repo: bool = flag(False, "Create that repository as a private one.", needs="--push_to_hub")
+    hub_private_repo: bool = flag(
+        False,
+        "Create that repository as a private one, and refuse it if it exists and is public. Without this "
+        "flag, a new one is as its owner's settings on the hub say.",
+        needs="--push_to_hub",
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -61,7 +61,7 @@ def merge(config: MergeConfig) -> None:
     check_is_free(output_dir)
     repo = config.hub_model_id or output_dir.name
     if config.push_to_hub:
-        repo = check_hub(repo)
+        repo = check_hub(repo, config.hub_private_repo)
     model_config = load_config(config.model, config.trust_remote_code)
     # With --no_load_in_4bit the adapter was trained on the original weights anyway.
     is_other_base = config.base == "original" and config.load_in_4bit

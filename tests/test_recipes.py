@@ -182,7 +182,7 @@ def trained(base, data_of, tmp_path_factory):
                 (train, "build_optimizer"), (train, "Schedule"), (torch.nn.utils, "clip_grad_norm_")
             ):  # fmt: skip
                 patch.setattr(module, name, recording(getattr(module, name), name, calls))
-            patch.setattr(hub, "check_hub", lambda name: name)
+            patch.setattr(hub, "check_hub", lambda name, is_private: name)
             patch.setattr(hub, "push", recording(lambda folder, repo, is_private: "hub", "push", calls))
             train.train(parse_args(TrainConfig, [*trainings(system)[0], *changed]))
         return SimpleNamespace(folder=folder, calls=calls)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from qlora.errors import InputError, first_line
@@ -25,14 +26,20 @@ MERGED_USE = """from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")"""
 
 
-def check_hub(name: str) -> str:
+def check_hub(name: str, is_private: bool) -> str:
     """The repository's full id, owner/name.
 
-    Raises InputError if an upload under this name cannot work: invalid name, not logged in, no network.
+    Raises InputError if an upload under this name cannot work: invalid name, not logged in, no network; or if
+    it is to be private and there is a public one.
     """
     try:
         validate_repo_id(name)
         owner = HfApi().whoami()["name"]
+        repo = name if "/" in name else f"{owner}/{name}"
+        if is_private:
+            _check_not_public(repo)
+    except InputError:
+        raise
     except HFValidationError as error:
         raise InputError(
             f"--hub_model_id {name} is not a valid repository name: {first_line(error)}"
@@ -42,17 +49,34 @@ def check_hub(name: str) -> str:
             f"--push_to_hub: cannot log in to the hub ({first_line(error)}): check the network and run "
             "`hf auth login`"
         ) from error
-    return name if "/" in name else f"{owner}/{name}"
+    return repo
+
+
+def _check_not_public(repo: str) -> None:
+    """Raise InputError if the repository exists and is public: create_repo() would leave it so, unsaid."""
+    try:
+        is_public = not HfApi().repo_info(repo).private
+    except RepositoryNotFoundError:
+        return
+    if is_public:
+        raise InputError(
+            f"--hub_private_repo: the repository {repo} exists and is public: make it private in its "
+            "settings on the hub, choose another --hub_model_id, or leave the flag out"
+        )
 
 
 def push(folder: Path, repo: str, is_private: bool) -> str:
     """Upload the adapter or model in a folder and return its URL. Raises InputError; the folder is unchanged.
 
-    adapter_config.json is uploaded without the local path of its base model.
+    A new repository is as its owner's settings say, unless `is_private`. adapter_config.json is uploaded
+    without the local path of its base model.
     """
     adapter_config = _public_adapter_config(folder / ADAPTER_CONFIG)
     try:
-        url = HfApi().create_repo(repo, private=is_private, exist_ok=True)
+        # None, not False, which would make it public in an organisation whose repositories are private.
+        url = HfApi().create_repo(repo, private=True if is_private else None, exist_ok=True)
+        if is_private:  # it may have become public since check_hub()
+            _check_not_public(repo)
         HfApi().upload_folder(repo_id=repo, folder_path=folder, allow_patterns=UPLOADED)
         if adapter_config is not None:
             HfApi().upload_file(path_or_fileobj=adapter_config, path_in_repo=ADAPTER_CONFIG, repo_id=repo)

@@ -1,27 +1,49 @@
 """The model card and the upload, to a fake hub."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from qlora import merge
+from qlora.config import MergeConfig
 from qlora.errors import InputError
+from qlora.flags import parse_args
 from qlora.merge import merged_card
 from qlora.run import hub
+from tests.run.faults import after_step
 
 
 @pytest.fixture
-def uploads(monkeypatch):
-    """What was sent to a fake hub that accepts everything; its user is called `you`."""
+def repositories() -> dict[str, bool]:
+    """The repositories that the fake hub has: name -> whether it is private."""
+    return {}
+
+
+@pytest.fixture
+def uploads(monkeypatch, repositories):
+    """What was sent to a fake hub that accepts everything; its user is called `you`.
+
+    New repositories of the organisation `firm` are private unless a public one is asked for.
+    """
     sent = []
 
     class Api:
         def whoami(self):
             return {"name": "you"}
 
+        def repo_info(self, repo):
+            if repo not in repositories:
+                raise RepositoryNotFoundError(
+                    "404 Client Error", response=SimpleNamespace(headers={}, request=None)
+                )
+            return SimpleNamespace(private=repositories[repo])
+
         def create_repo(self, repo, private, exist_ok):
             sent.append({"repo": repo, "private": private})
+            repositories.setdefault(repo, repo.startswith("firm/") if private is None else private)
             return f"hub/{repo}"
 
         def upload_folder(self, repo_id, folder_path, allow_patterns):
@@ -52,12 +74,61 @@ def test_a_training_uploads_its_adapter_and_nothing_private(run, base, uploads, 
     assert 'from_pretrained("you/tiny")' in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize("repo, is_private", [("firm/new", True), ("you/new", False), ("you/old", False)])
+def test_without_hub_private_repo_a_repository_is_as_its_owner_has_it(
+    uploads, repositories, tmp_path, repo, is_private
+):
+    repositories["you/old"] = False
+    (tmp_path / "README.md").write_text("a card")
+    assert hub.check_hub(repo, is_private=False) == repo
+    assert hub.push(tmp_path, repo, is_private=False) == f"hub/{repo}"
+    (upload,) = uploads
+    assert upload["private"] is None and upload["files"] == {"README.md"}
+    assert repositories[repo] == is_private
+
+
+def test_a_public_repository_is_refused_before_training_if_a_private_one_is_asked_for(
+    run, uploads, repositories, monkeypatch
+):
+    repositories |= {"you/public": False, "you/private": True}
+    with monkeypatch.context() as patch, pytest.raises(InputError) as error:
+        patch.setattr("train.load_data", lambda config: pytest.fail("read"))
+        run("--max_steps 1 --push_to_hub --hub_model_id public --hub_private_repo")
+    assert str(error.value) == (
+        "--hub_private_repo: the repository you/public exists and is public: make it private in its settings "
+        "on the hub, choose another --hub_model_id, or leave the flag out"
+    )
+    run("--max_steps 1 --push_to_hub --hub_model_id private --hub_private_repo")
+    (upload,) = uploads
+    assert upload["repo"] == "you/private" and upload["private"] is True and upload["files"]
+
+
+def test_a_repository_that_became_public_during_the_training_gets_nothing(run, uploads, repositories):
+    repositories["you/tiny"] = True
+    with after_step(1, lambda: repositories.update({"you/tiny": False})):
+        with pytest.raises(
+            InputError, match=r"the upload to you/tiny failed \(--hub_private_repo: .*public"
+        ) as error:
+            run("--max_steps 1 --push_to_hub --hub_model_id tiny --hub_private_repo")
+    assert "everything is in" in str(error.value) and "files" not in uploads[0]
+
+
+def test_a_merge_refuses_a_public_repository_too(base, uploads, repositories, tmp_path):
+    repositories["you/tiny"] = False
+    argv = ["--model", base, "--adapter", str(tmp_path), "--output_dir", str(tmp_path / "merged")]
+    config = parse_args(MergeConfig, [*argv, "--push_to_hub", "--hub_model_id", "tiny", "--hub_private_repo"])
+    with pytest.raises(InputError, match="the repository you/tiny exists and is public"):
+        merge.merge(config)
+    assert not uploads
+
+
 def test_a_merged_model_is_uploaded_under_its_folders_name(run, base, tmp_path, uploads):
     _, folder = run("--max_steps 1")
     out = tmp_path / "tiny-merged"
     argv = ["--model", base, "--adapter", str(folder), "--output_dir", str(out), "--push_to_hub"]
     merge.main(argv)
     assert (uploads[0]["repo"], uploads[0]["folder"]) == ("you/tiny-merged", out)
+    assert uploads[0]["private"] is None
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= uploads[0]["files"]
 
 
