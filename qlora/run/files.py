@@ -17,11 +17,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from qlora.errors import InputError
+from qlora.errors import InputError, first_line
 
+IS_WINDOWS = os.name == "nt"
 MANIFEST = "manifest.json"
 STAGED = ".tmp"  # suffix of whatever is incomplete or being deleted
-STAGED_NAMES = r"(checkpoint-\d+(\.old)?|adapter|metrics\.jsonl|train_config\.json|\w+\.png)"
+TRIAL = ".trial-checkpoint"
+STAGED_NAMES = (
+    rf"((checkpoint-\d+|{re.escape(TRIAL)})(\.old)?|adapter|metrics\.jsonl|train_config\.json|\w+\.png)"
+)
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a folder: vfat, some network disks
 
 
 @contextmanager
@@ -67,6 +72,29 @@ def make_folder(folder: Path, flag: str) -> None:
             pass
     except OSError as error:
         raise InputError(f"{flag} cannot be written: {error.strerror}") from error
+
+
+def try_publishing(folder: Path) -> None:
+    """Publish and delete a small folder as a checkpoint is, to know before the first step that it works.
+
+    Raises InputError, naming --output_dir, and leaves nothing behind.
+    """
+    trial = folder / TRIAL
+    try:
+        with staged(trial) as staging:
+            staging.mkdir()
+            (staging / "trial").write_text("a file")
+            publish_folder(staging, trial)
+        problem = damage(trial)
+        remove_folder(trial)
+    except OSError as error:
+        problem = first_line(error)
+        shutil.rmtree(trial, ignore_errors=True)
+    if problem:
+        raise InputError(
+            f"--output_dir {folder} cannot hold checkpoints: a trial one could not be written, renamed and "
+            f"deleted ({problem}): choose a folder on another file system"
+        )
 
 
 def check_output_file(path: Path) -> None:
@@ -185,9 +213,22 @@ def _default_mode(folder: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file's content, or a folder's list of names, is on disk.
+
+    Where folders cannot be flushed, a rename may be lost in a power cut, but not the content of files.
+    """
+    is_folder = path.is_dir()
+    try:
+        # Windows flushes only files that are open for writing, and opens no folders.
+        descriptor = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
+    except PermissionError:
+        if is_folder and IS_WINDOWS:
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in CANNOT_FLUSH:
+            raise
     finally:
         os.close(descriptor)

@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora.errors import InputError
 from qlora.model.adapter import ADAPTER
 from qlora.run.checkpoint import find_checkpoint, list_checkpoints
-from qlora.run.files import lock_folder, make_folder, remove_leftovers
+from qlora.run.files import lock_folder, make_folder, remove_leftovers, try_publishing
 
 
 @contextmanager
@@ -16,8 +16,9 @@ def claim_folder(
 ) -> Iterator[Path | None]:
     """Lock the folder of a run and yield the checkpoint to resume from, None for a fresh start.
 
-    Raises InputError if the folder is not writable, in use, or holds a run that this one would overwrite
-    unasked. Nothing of an earlier run is deleted yet: see Checkpoints.replace_earlier_run().
+    Raises InputError if the folder is not writable, in use, cannot hold checkpoints, or holds a run that this
+    one would overwrite unasked. Nothing of an earlier run is deleted yet: see
+    Checkpoints.replace_earlier_run().
     """
     make_folder(output_dir, f"--output_dir {output_dir}")
     with lock_folder(output_dir):
@@ -38,4 +39,5 @@ def claim_folder(
             )
         if overwrite and adapter and Path(adapter).resolve().is_relative_to(home):
             raise InputError(f"--overwrite_output_dir would delete what --adapter {adapter} starts from")
+        try_publishing(output_dir)
         yield checkpoint

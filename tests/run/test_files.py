@@ -1,10 +1,12 @@
 """Atomic, checksummed writes; the lock on a run's folder; leftovers of killed runs."""
 
+import errno
 import os
 import random
 import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -22,6 +24,7 @@ from qlora.run.files import (
     remove_folder,
     replace_file,
     staged,
+    try_publishing,
 )
 from tests.conftest import ROOT
 from tests.run.faults import flip_bit
@@ -77,6 +80,80 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path, monkey
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
 
 
+@contextmanager
+def folders_refused(monkeypatch, name: str, error: OSError):
+    """os.open() or os.fsync() of a folder fails with `error`, as on some file systems."""
+    call = getattr(os, name)
+
+    def refuse_folders(target, *arguments):
+        if os.path.isdir(target):  # a path or a descriptor
+            raise error
+        return call(target, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, refuse_folders)
+        yield patch
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])  # EOPNOTSUPP is the same on Linux
+def test_a_file_system_that_cannot_flush_folders_keeps_checkpoints_and_resumes(run, monkeypatch, number):
+    with folders_refused(monkeypatch, "fsync", OSError(number, os.strerror(number))):
+        run("--max_steps 1")
+        _, folder = run("--max_steps 2 --allow_changes max_steps --resume_from_checkpoint latest")
+    assert [damage(folder / f"checkpoint-{step}") for step in (1, 2)] == [None, None]
+    assert (folder / ADAPTER).exists()
+
+
+def test_other_errors_of_flushing_count(tmp_path, monkeypatch):
+    with folders_refused(monkeypatch, "fsync", OSError(errno.EIO, "Input/output error")):
+        with pytest.raises(OSError, match="Input/output error"):
+            replace_file(tmp_path / "file", "new")
+
+    def refuse_files(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse_files)
+    with pytest.raises(OSError, match="Invalid argument"):
+        replace_file(tmp_path / "file", "new")
+
+
+def test_windows_cannot_open_folders_to_flush_them(tmp_path, monkeypatch):
+    with folders_refused(monkeypatch, "open", PermissionError(errno.EACCES, "Permission denied")) as patch:
+        with pytest.raises(PermissionError):
+            replace_file(tmp_path / "file", "new")
+        patch.setattr(qlora.run.files, "IS_WINDOWS", True)
+        replace_file(tmp_path / "file", "new")
+        with staged(tmp_path / "checkpoint-1") as staging:
+            staging.mkdir()
+            publish_folder(staging, tmp_path / "checkpoint-1")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "file"]
+
+
+@pytest.mark.parametrize("name", ["fsync", "rename", "chmod"])
+def test_a_file_system_that_cannot_publish_is_refused_before_the_data_is_read(
+    run, tmp_path, monkeypatch, name
+):
+    def fail(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("train.load_data", lambda config: pytest.fail("read"))
+    with monkeypatch.context() as patch, pytest.raises(InputError) as error:
+        patch.setattr(os, name, fail)
+        run("--max_steps 1")
+    assert str(error.value) == (
+        f"--output_dir {tmp_path / 'out'} cannot hold checkpoints: a trial one could not be written, renamed "
+        "and deleted ([Errno 1] Operation not permitted): choose a folder on another file system"
+    )
+    assert os.listdir(tmp_path / "out") == [".lock"]
+
+
+def test_a_file_system_that_does_not_keep_what_is_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(qlora.run.files, "flush_folder", lambda folder: (folder / "trial").write_text("lost"))
+    with pytest.raises(InputError, match=r"renamed and deleted \(trial does not match its checksum\)"):
+        try_publishing(tmp_path)
+    assert not os.listdir(tmp_path)
+
+
 @pytest.fixture
 def umask():
     """A umask of 027 during a test: new files get the mode 640."""
@@ -103,7 +180,10 @@ def test_flushing_a_folder_leaves_no_file_behind(tmp_path):
 
 def test_only_leftovers_of_a_killed_run_are_deleted(run):
     _, folder = run("--max_steps 1")
-    for name in ("checkpoint-7.tmp", "checkpoint-1.old.tmp", "adapter.tmp", "my-notes.tmp", "checkpoint-x"):
+    for name in (
+        "checkpoint-7.tmp", "checkpoint-1.old.tmp", "adapter.tmp", "my-notes.tmp", "checkpoint-x",
+        ".trial-checkpoint", ".trial-checkpoint.tmp", ".trial-checkpoint.old.tmp",
+    ):  # fmt: skip
         (folder / name).mkdir()
         (folder / name / "a").write_text("")
     (folder / "metrics.jsonl.tmp").write_text("")
