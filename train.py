@@ -209,7 +209,7 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
             if (evaluate_now() or progress.owes_evaluation) and not checkpoints.is_saved(first_step):
                 is_saved = checkpoints.save(log.say)
             if progress.owes_evaluation:  # stopped in it again
-                stop.exit(first_step, is_saved, log.say)
+                stop.exit(checkpoints, is_saved, log.say)
         for step in range(first_step, total_steps):
             checkpoints.mark_boundary()  # should this step fail, the steps before it can still be saved
             started = time.perf_counter()
@@ -265,7 +265,7 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
             if progress.step % config.save_steps == 0 or is_last or is_best or is_stopping:
                 is_saved = checkpoints.save(log.say)
             if is_stopping and (not is_last or progress.owes_evaluation):
-                stop.exit(progress.step, is_saved, log.say)
+                stop.exit(checkpoints, is_saved, log.say)
     gc.unfreeze()
     finish(config, checkpoints, plan, log)
     return model

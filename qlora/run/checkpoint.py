@@ -209,7 +209,7 @@ class Checkpoints:
     def save_final_adapter(self, card: str) -> None:
         """Save the adapter and its model card in `output_dir` itself: each file atomically, the weights last.
 
-        Raises InputError if it cannot be written; the last checkpoint has the adapter then.
+        Raises InputError if it cannot be written; the last checkpoint, if there is one, has the adapter then.
         """
         try:
             with staged(self.output_dir / "adapter") as staging:
@@ -223,9 +223,13 @@ class Checkpoints:
                 os.replace(file, self.output_dir / file.name)
             staging.rmdir()
         except WRITE_ERRORS as error:
+            remedy = "there is no checkpoint to save it from. Start over with --overwrite_output_dir"
+            if saved := list_checkpoints(self.output_dir):
+                remedy = (
+                    f"fix that; --resume_from_checkpoint latest resumes from {saved[-1].name} and saves it"
+                )
             raise InputError(
-                f"the adapter could not be saved in {self.output_dir} ({first_line(error)}): fix that, and "
-                "--resume_from_checkpoint latest saves it from the last checkpoint"
+                f"the adapter could not be saved in {self.output_dir} ({first_line(error)}): {remedy}"
             ) from error
 
 

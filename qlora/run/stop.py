@@ -15,7 +15,7 @@ import torch
 
 from qlora.data.loader import WaitStopped
 from qlora.errors import InputError, first_line
-from qlora.run.checkpoint import Checkpoints
+from qlora.run.checkpoint import Checkpoints, list_checkpoints
 from qlora.speed.memory import is_out_of_memory
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
@@ -23,6 +23,7 @@ if hasattr(signal, "SIGHUP"):  # the terminal is gone; not on Windows
     SIGNALS.append(signal.SIGHUP)
 OUT_OF_TIME = 124  # exit code, as timeout(1) has it
 NOTHING_DONE = "no step was completed, so the same command starts from the same point"
+NOTHING_SAVED = "no checkpoint could be saved, so all steps of this run are LOST"
 
 
 class Stop:
@@ -68,16 +69,22 @@ class Stop:
         is_late = self.deadline is not None and time.monotonic() >= self.deadline
         return self.signal is not None or (is_late and self.has_progressed)
 
-    def exit(self, step: int, is_saved: bool, say: Callable[[str], None]) -> NoReturn:
-        """Say how to resume, and raise SystemExit with the exit code of the reason."""
+    def exit(self, checkpoints: Checkpoints, is_saved: bool, say: Callable[[str], None]) -> NoReturn:
+        """Say how to resume, and raise SystemExit with the exit code of the reason.
+
+        `is_saved`: whether the last step is. If not, an older checkpoint is named only if there is one.
+        """
         reason = "--max_hours" if self.signal is None else signal.Signals(self.signal).name
-        saved = f"checkpoint-{step} is complete" if is_saved else "steps since the last checkpoint are LOST"
-        if is_saved or self.has_progressed:
-            say(
-                f"stopped by {reason} after step {step}: {saved}. Resume with --resume_from_checkpoint latest"
-            )
-        else:
+        after = f"{reason} after step {checkpoints.progress.step}"
+        remedy = "Resume with --resume_from_checkpoint latest"
+        if is_saved:
+            say(f"stopped by {after}: checkpoint-{checkpoints.progress.step} is complete. {remedy}")
+        elif not self.has_progressed:
             say(f"stopped by {reason}: {NOTHING_DONE}")
+        elif list_checkpoints(checkpoints.output_dir):
+            say(f"stopped by {after}: steps since the last checkpoint are LOST. {remedy}")
+        else:
+            say(f"stopped by {after}: {NOTHING_SAVED}. Start over with --overwrite_output_dir")
         sys.exit(OUT_OF_TIME if self.signal is None else 128 + self.signal)
 
 
@@ -86,7 +93,7 @@ class Rescue:
 
     The errors are InputError, of a row deep in a stream for example, and running out of memory: a step was
     rehearsed and fits, so something else has taken memory since. Anything else is a bug, and keeps its
-    traceback. A run that `stop` ends while it waits for data, exits as at the end of a step.
+    traceback. A run that `stop` ends while it waits for data exits as at the end of a step.
     """
 
     def __init__(
@@ -105,7 +112,7 @@ class Rescue:
             is_saved = self.checkpoints.is_saved(step)
             if not is_saved and step > self.first_step:
                 is_saved = self.checkpoints.save_last_complete_step(self.say)
-            self.stop.exit(step, is_saved, self.say)
+            self.stop.exit(self.checkpoints, is_saved, self.say)
         ran_out = isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error)
         if not ran_out and not isinstance(error, InputError):
             return
@@ -128,6 +135,8 @@ class Rescue:
         step = self.checkpoints.progress.step
         is_new = step > self.first_step and not self.checkpoints.is_saved(step)
         if is_new and not self.checkpoints.save_last_complete_step(self.say):
+            if not list_checkpoints(self.checkpoints.output_dir):
+                return f"{NOTHING_SAVED}; --overwrite_output_dir starts over"
             return "steps since the last checkpoint are LOST; --resume_from_checkpoint latest resumes there"
         if step == self.first_step:
             return NOTHING_DONE

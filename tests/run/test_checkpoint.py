@@ -213,9 +213,22 @@ def test_a_save_that_fails_is_reported_and_leaves_nothing_behind(new_checkpoints
     assert not checkpoints.save(messages.append)
     (message,) = messages
     assert message.startswith("step 3: no checkpoint could be saved (") and str(error) in message
-    with pytest.raises(InputError, match=r"the adapter could not be saved in .* --resume_from_checkpoint"):
+    with pytest.raises(InputError) as raised:
         checkpoints.save_final_adapter(card="")
+    assert "the adapter could not be saved in " in str(raised.value)
+    assert "there is no checkpoint to save it from" in str(raised.value)
+    assert "--resume_from_checkpoint" not in str(raised.value)
     assert not any(checkpoints.output_dir.iterdir())
+
+
+def test_an_adapter_that_cannot_be_saved_names_the_checkpoint_that_has_it(new_checkpoints):
+    checkpoints = new_checkpoints()
+    save(checkpoints, 3)
+    checkpoints.tokenizer = FailingTokenizer(OSError(28, "No space left on device"))
+    with pytest.raises(
+        InputError, match="--resume_from_checkpoint latest resumes from checkpoint-3 and saves it"
+    ):
+        checkpoints.save_final_adapter(card="")
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(new_checkpoints):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from qlora.data.loader import StepLoader, WaitStopped
 from qlora.errors import InputError
 from qlora.run.checkpoint import Checkpoints, list_checkpoints
+from qlora.run.progress import Progress
 from qlora.run.stop import Rescue, Stop
 from tests.conftest import ROOT
 from tests.data.test_stream import use_windows
@@ -28,7 +30,7 @@ def default_hangup():
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_is_noted_and_names_itself_in_message_and_exit_code(number, code, capfd):
+def test_a_signal_is_noted_and_names_itself_in_message_and_exit_code(number, code, capfd, tmp_path):
     before, messages = signal.getsignal(number), []
     with Stop(None) as stop:
         assert not stop.is_due()
@@ -38,7 +40,7 @@ def test_a_signal_is_noted_and_names_itself_in_message_and_exit_code(number, cod
     name = signal.Signals(number).name
     assert f"{name}: saving a checkpoint after this step" in capfd.readouterr().err
     with pytest.raises(SystemExit) as exit:
-        stop.exit(3, True, messages.append)
+        stop.exit(stopped_run(tmp_path, 3, saved=[2, 3]), True, messages.append)
     assert exit.value.code == code
     remedy = "Resume with --resume_from_checkpoint latest"
     assert messages == [f"stopped by {name} after step 3: checkpoint-3 is complete. {remedy}"]
@@ -79,17 +81,35 @@ def test_a_thread_can_train_without_signal_handlers():
     assert stops == [False] and signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_time_limit_counts_only_after_a_step():
+def test_the_time_limit_counts_only_after_a_step(tmp_path):
     stop, messages = Stop(max_hours=1e-9), []
     assert not stop.is_due()
     stop.step_done()
     assert stop.is_due()
     with pytest.raises(SystemExit) as exit:
-        stop.exit(1, False, messages.append)
+        stop.exit(stopped_run(tmp_path, 3, saved=[2]), False, messages.append)
     assert exit.value.code == 124
-    assert messages[0].startswith(
-        "stopped by --max_hours after step 1: steps since the last checkpoint are LOST."
-    )
+    remedy = "Resume with --resume_from_checkpoint latest"
+    assert messages == [
+        f"stopped by --max_hours after step 3: steps since the last checkpoint are LOST. {remedy}"
+    ]
+
+
+def test_a_stopped_run_without_any_checkpoint_promises_none(tmp_path):
+    stop, messages = Stop(max_hours=1), []
+    stop.step_done()
+    with pytest.raises(SystemExit):
+        stop.exit(stopped_run(tmp_path, 3, saved=[]), False, messages.append)
+    lost = "no checkpoint could be saved, so all steps of this run are LOST"
+    remedy = "Start over with --overwrite_output_dir"
+    assert messages == [f"stopped by --max_hours after step 3: {lost}. {remedy}"]
+
+
+def stopped_run(output_dir, step, saved):
+    """What Stop.exit() needs to know of a run's Checkpoints."""
+    for number in saved:
+        (output_dir / f"checkpoint-{number}").mkdir()
+    return SimpleNamespace(output_dir=output_dir, progress=Progress(step=step))
 
 
 def test_without_a_limit_or_before_it_a_run_continues():
@@ -246,11 +266,21 @@ def test_an_error_in_the_first_step_of_a_resumed_run_does_not_promise_a_checkpoi
         raise InputError("bad row")
 
 
-def test_an_error_after_which_nothing_can_be_saved_says_so(new_checkpoints, monkeypatch):
+@pytest.mark.parametrize("saved", [[], [2]])
+def test_an_error_after_which_nothing_can_be_saved_says_so(new_checkpoints, monkeypatch, saved):
     checkpoints, messages = new_checkpoints(), []
+    for step in saved:
+        checkpoints.progress.step = step
+        assert checkpoints.save(pytest.fail)
     monkeypatch.setattr(checkpoints, "_write", lambda folder: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises(InputError, match="steps since the last checkpoint are LOST"):
-        with rescue(checkpoints, messages.append):
-            checkpoints.progress.step = 3
-            raise InputError("bad row")
+    checkpoints.progress.step = 0
+    with pytest.raises(InputError) as error, rescue(checkpoints, messages.append):
+        checkpoints.progress.step = 3
+        raise InputError("bad row")
     assert len(messages) == 1 and "step 3: no checkpoint could be saved" in messages[0]
+    lost = (
+        "no checkpoint could be saved, so all steps of this run are LOST; --overwrite_output_dir starts over"
+    )
+    if saved:
+        lost = "steps since the last checkpoint are LOST; --resume_from_checkpoint latest resumes there"
+    assert str(error.value) == f"bad row - {lost}"
