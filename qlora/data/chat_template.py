@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date
 from functools import lru_cache, partial
@@ -83,13 +84,7 @@ def template_segments(chat: Chat, tokenizer, train_on: str = "all") -> tuple[lis
     prompt. Notes name what the template left out, and turns that are not trained although they should be.
     Raises DropRow.
     """
-    try:
-        text = render(chat, tokenizer, chat.is_question)
-    except DropRow:
-        if not any("tool_calls" in message for message in chat.messages):
-            raise
-        chat = _with_arguments_as_text(chat)  # some templates, DeepSeek's among them, expect text after all
-        text = render(chat, tokenizer, chat.is_question)
+    chat, text = _fit_to_template(chat, tokenizer)
     left_out = _left_out(chat, text, tokenizer)
     notes = [f"the chat template leaves out {what}" for _, what in left_out]
     marked = _marked_spans(chat, text, tokenizer)
@@ -116,6 +111,25 @@ def template_segments(chat: Chat, tokenizer, train_on: str = "all") -> tuple[lis
     if text[end:]:
         segments.append((text[end:], False))
     return segments, notes
+
+
+def _fit_to_template(chat: Chat, tokenizer) -> tuple[Chat, str]:
+    """(the chat in the form that its template expects, what the template writes of it). Raises DropRow."""
+    try:
+        text = render(chat, tokenizer, chat.is_question)
+    except DropRow:
+        if not any("tool_calls" in message for message in chat.messages):
+            raise
+        chat = _with_arguments_as_text(chat)  # some templates, DeepSeek's among them, expect text after all
+        text = render(chat, tokenizer, chat.is_question)
+    if any(message["content"] is None for message in chat.messages):
+        # Some templates need null here, others write it as the word None.
+        filled = replace(chat, messages=[m | {"content": m["content"] or ""} for m in chat.messages])
+        with suppress(DropRow):
+            filled_text = render(filled, tokenizer, chat.is_question)
+            if filled_text.count("None") < text.count("None"):
+                return filled, filled_text
+    return chat, text
 
 
 def _with_arguments_as_text(chat: Chat) -> Chat:

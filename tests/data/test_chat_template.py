@@ -222,6 +222,20 @@ def test_nothing_is_noted_of_a_plain_chat(tokenizer, name):
     assert notes({"messages": TWO_TURNS}, tokenizer) == []
 
 
+def test_a_null_content_is_not_written_as_a_word(tokenizer, monkeypatch):
+    """transformers 5.17 writes None; newer versions pass an empty text to the template."""
+    prepare(tokenizer, "Qwen3")
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content is string", "true")
+    apply = tokenizer.apply_chat_template
+
+    def apply_as_before(messages, **options):
+        messages = [turn if turn["content"] is not None else turn | {"content": "None"} for turn in messages]
+        return apply(messages, **options)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", apply_as_before)
+    assert written(ROWS["call"], tokenizer) == WRITTEN["Qwen3", "call"]
+
+
 def test_marks_that_transformers_misplaces_are_not_believed(tokenizer):
     """It counts a null content inside a mark as "None", which is not written: all later marks are off."""
     prepare(tokenizer, "marked")
