@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -83,10 +84,17 @@ def push(folder: Path, repo: str, is_private: bool) -> str:
     except Exception as error:  # the hub's client and its HTTP library raise dozens of types
         raise InputError(
             f"--push_to_hub: the upload to {repo} failed ({first_line(error)}); everything is in {folder}, "
-            f"to upload it later: hf upload {repo} {folder} --include "
-            f"{' '.join([*UPLOADED, ADAPTER_CONFIG])}"
+            f"to upload it later: {_upload_command(folder, repo, is_private)}"
         ) from error
     return str(url)
+
+
+def _upload_command(folder: Path, repo: str, is_private: bool) -> str:
+    """The shell command that uploads the same files, with adapter_config.json as it is in the folder."""
+    words = ["hf", "upload", repo, str(folder), *(["--private"] if is_private else [])]
+    for pattern in (*UPLOADED, ADAPTER_CONFIG):
+        words += ["--include", pattern]  # takes one pattern each
+    return shlex.join(words)
 
 
 def _public_adapter_config(path: Path) -> bytes | None:

@@ -1,6 +1,7 @@
 """The model card and the upload, to a fake hub."""
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -203,3 +204,22 @@ def test_a_failed_upload_names_the_folder_of_the_adapter(run, uploads, monkeypat
         InputError, match=r"503 Service Unavailable.*everything is in .*out, to upload it later: hf upload"
     ):
         run("--max_steps 1 --push_to_hub")
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_the_command_for_a_later_upload_keeps_to_the_flag(monkeypatch, tmp_path, is_private):
+    """Without --private, `hf` may create a public repository. It takes one pattern per --include."""
+
+    def fail(*_, **__):
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(hub.HfApi, "create_repo", fail)
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    with pytest.raises(InputError) as raised:
+        hub.push(folder, "you/tiny", is_private)
+    words = shlex.split(str(raised.value).partition("to upload it later: ")[2])
+    assert words[:4] == ["hf", "upload", "you/tiny", str(folder)]
+    assert ("--private" in words) == is_private
+    options = [word for word in words[4:] if word != "--private"]
+    assert set(options[::2]) == {"--include"} and {"tokenizer*", "adapter_config.json"} < set(options[1::2])
