@@ -199,6 +199,7 @@ def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
             checkpoints.mark_boundary()
             progress.check_skips(10, loss, grad_norm, scaler)
             log.step_done()
+            stop.step_done()
             values = {"reward_margin": margin, "reward_accuracy": accuracy, "learning_rate": learning_rate}
             log.train(**progress.position(), **values, grad_norm=grad_norm, **progress.close_window())
             is_last, is_stopping = progress.step == config.max_steps, stop.is_due()

@@ -13,6 +13,9 @@ from qlora.model.adapter import SETTINGS, check_adapter, check_base, load_settin
 from qlora.model.base import load_base
 from qlora.run.fingerprint import base_fingerprint
 
+# How adapters were trained that lack these settings.
+EARLIER_SETTINGS = {"train_on": "all", "split_special_tokens": False}
+
 
 def parse_for_adapter(config_class, argv: list[str] | None = None, program: str | None = None):
     """Parse the command line into `config_class`; flags that are not given are as in the adapter's training.
@@ -34,6 +37,7 @@ def parse_for_adapter(config_class, argv: list[str] | None = None, program: str 
             f"{source} has no {SETTINGS}: prompts are plain text unless flags say otherwise", file=sys.stderr
         )
         return config
+    settings = EARLIER_SETTINGS | settings
     if missing := [name for name in KEPT_SETTINGS if name not in settings]:
         flag = "--adapter" if config.adapter else "--model"
         raise InputError(f"{SETTINGS} of {flag} {source} is incomplete: {', '.join(missing)}")

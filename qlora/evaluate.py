@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -213,6 +213,7 @@ def reference_answer(row: dict, formatting: Formatting, tokenizer) -> str:
     """The answer that a row ends in, decoded from its tokens as the model's answers are. Raises DropRow."""
     if not ends_in_answer(row, formatting, tokenizer):
         raise DropRow("no answer to its last question")
+    formatting = replace(formatting, train_on="last", completion_only_loss=True)
     segments, _ = row_segments(row, formatting, tokenizer)
     ids, labels = encode(segments, starts_with_bos(formatting.row_format, tokenizer), tokenizer)
     trained = np.flatnonzero(np.array(labels) != IGNORE_INDEX)

@@ -15,8 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from qlora import evaluate
+from qlora.data.formatting import Formatting
+from qlora.data.segments import DropRow
 from qlora.model.base import load_tokenizer
 from tests.conftest import ROWS
+from tests.data.chat_templates import use_template
 from tests.test_train import metrics
 
 
@@ -254,6 +257,17 @@ def test_rows_without_a_reference_are_dropped_and_counted(gemma, run_evaluate, w
     assert f"--prompts_file: {line}{file} line 2, 1 empty response, first: {file} line 4, 1 " in output
     with pytest.raises(SystemExit, match="no row with a reference answer: 2 no answer to its last question"):
         run_evaluate("--model", gemma, "--prompts_file", write_rows(rows[1:3]), "--max_new_tokens", 2)
+
+
+def test_an_answer_that_is_not_trained_is_no_reference_nor_is_the_one_before_it(base, tmp_path):
+    tokenizer = load_tokenizer(base)
+    use_template(tokenizer, "ChatML")  # which does not write the call
+    row = chat("What?", "A leaf.", "Rome?", "Let me look.")
+    row["messages"][-1]["tool_calls"] = [{"name": "weather", "arguments": {}}]
+    with pytest.raises(DropRow, match="leaves out its tool calls"):
+        evaluate.reference_answer(row, Formatting("messages"), tokenizer)
+    with_prompts = Formatting("messages", completion_only_loss=False)
+    assert evaluate.reference_answer(chat("What?", "A leaf."), with_prompts, tokenizer) == "A leaf."
 
 
 def test_what_became_of_the_rows_of_each_file_is_printed_and_written(base, run_evaluate, write_rows):

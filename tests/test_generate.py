@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import generate as script
 import train
 from qlora import evaluate
-from qlora.commands import parse_for_adapter
+from qlora.commands import EARLIER_SETTINGS, parse_for_adapter
 from qlora.config import KEPT_SETTINGS, GenerateConfig, TrainConfig
 from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
 from qlora.data.formats import chat_segments, prompt_segments, row_segments, starts_with_bos
@@ -182,8 +182,11 @@ def test_flags_that_are_not_given_are_as_in_the_training(run, base):
     settings = json.loads((folder / SETTINGS).read_text())
     for name in KEPT_SETTINGS:
         (folder / SETTINGS).write_text(json.dumps({key: settings[key] for key in settings if key != name}))
-        with pytest.raises(InputError, match=name):
-            flags_of(argv)
+        if name in EARLIER_SETTINGS:
+            assert getattr(flags_of(argv), name, EARLIER_SETTINGS[name]) == EARLIER_SETTINGS[name]
+        else:
+            with pytest.raises(InputError, match=name):
+                flags_of(argv)
     (folder / SETTINGS).write_text('{"dtype": "float32"')
     with pytest.raises(InputError, match=f"{SETTINGS} is corrupt"):
         flags_of(argv)

@@ -10,6 +10,7 @@ from qlora.data.segments import DropRow, mark_special_tokens
 ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "model": "assistant", "bot": "assistant", "function_call": "assistant", "observation": "tool",
+    "function": "tool",
 }  # fmt: skip
 COLUMNS = ("messages", "conversations")  # OpenAI's name and ShareGPT's
 
@@ -41,38 +42,53 @@ class Chat:
         return replace(self, messages=[*self.messages[:position], message, *self.messages[position + 1 :]])
 
 
+def chat_column(row: dict) -> str:
+    """The column that holds a row's chat."""
+    return next((name for name in COLUMNS if row.get(name) is not None), COLUMNS[0])
+
+
 def read_chat(row: dict) -> Chat:
     """The chat in a row of `messages` or ShareGPT's `conversations`, with its `system` and `tools` columns.
 
     Messages keep all their keys but `weight` and `train`, with which a row says what not to train. Raises
     DropRow.
     """
-    column = next((name for name in COLUMNS if name in row), COLUMNS[0])
+    column = chat_column(row)
     turns = row.get(column)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise DropRow(f"'{column}' is not a list of messages")
     messages = [_read_message(turn, column) for turn in turns]
     untrained = [_why_untrained(turn) for turn in turns]
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and not (messages and messages[0]["role"] == "system"):
+    if isinstance(system, str) and system.strip() and not has_system_turn(messages):
         messages, untrained = [{"role": "system", "content": system}, *messages], [None, *untrained]
     return Chat(messages, _read_tools(row.get("tools")), tuple(untrained))
+
+
+def has_system_turn(messages: list[dict]) -> bool:
+    """Whether a chat has its system text among its messages, so that a `system` column is not read."""
+    return bool(messages) and messages[0]["role"] == "system"
 
 
 def _read_message(turn: dict, column: str) -> dict:
     extra = {
         name: value
         for name, value in turn.items()
-        if value is not None and name not in ("role", "from", "content", "value", "weight", "train")
+        if value not in (None, "", [], {})  # exports fill in empty values
+        and name not in ("role", "from", "content", "value", "weight", "train", "function_call")
     }
     role = turn.get("role") or turn.get("from")
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
     if isinstance(content, list):
         content = _joined_parts(content)
-    if role == "function_call" and isinstance(content, str):  # ShareGPT's way to write a call
-        content, extra["tool_calls"] = None, [{"type": "function", "function": _parsed(content, "a call")}]
+    if role == "function_call" and isinstance(content, str):  # ShareGPT's way to write calls
+        calls, content = parsed(content, "a call"), None
+        calls = calls if isinstance(calls, list) else [calls]
+        extra["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    elif call := turn.get("function_call"):  # OpenAI's earlier way
+        extra["tool_calls"] = [{"type": "function", "function": call}]
     if calls := extra.get("tool_calls"):
-        extra["tool_calls"] = with_arguments(calls, _parsed_arguments)
+        _check_calls(calls)
     if not isinstance(role, str) or not (isinstance(content, str) or (content is None and extra)):
         raise DropRow(f"a message in '{column}' has no text or no role")
     return {"role": ROLES.get(role, role), "content": content, **extra}
@@ -85,23 +101,35 @@ def _joined_parts(parts: list) -> str:
     return "".join(texts)
 
 
-def with_arguments(calls, convert: Callable) -> list[dict]:
-    """Tool calls with their arguments converted."""
+def _check_calls(calls) -> None:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise DropRow("'tool_calls' is not a list of calls")
-    converted = []
-    for call in calls:
-        is_nested = isinstance(call.get("function"), dict)  # as in OpenAI's rows
-        function = call["function"] if is_nested else call
-        if "arguments" in function:
-            function = function | {"arguments": convert(function["arguments"])}
-        converted.append(call | {"function": function} if is_nested else function)
-    return converted
+    if not all(isinstance(call.get("function", call), dict) for call in calls):
+        raise DropRow("a tool call has no function")
+
+
+def with_arguments(chat: Chat, convert: Callable) -> Chat:
+    """The chat with the arguments of its tool calls converted."""
+    messages = []
+    for message in chat.messages:
+        if "tool_calls" in message:
+            message = message | {
+                "tool_calls": [_with_arguments(call, convert) for call in message["tool_calls"]]
+            }
+        messages.append(message)
+    return replace(chat, messages=messages)
+
+
+def _with_arguments(call: dict, convert: Callable) -> dict:
+    function = call.get("function", call)
+    if "arguments" in function:
+        function = function | {"arguments": convert(function["arguments"])}
+    return call | {"function": function} if "function" in call else function
 
 
 def _read_tools(tools) -> list[dict] | None:
     if isinstance(tools, str):
-        tools = _parsed(tools, "'tools'") if tools.strip() else None
+        tools = parsed(tools, "'tools'") if tools.strip() else None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -109,25 +137,22 @@ def _read_tools(tools) -> list[dict] | None:
     return tools
 
 
-def _parsed(text: str, name: str):
+def parsed(text: str, name: str):
+    """A JSON text. Raises DropRow, naming it."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DropRow(f"{name} cannot be read as JSON") from error
 
 
-def _parsed_arguments(arguments):
-    """OpenAI's rows have arguments as JSON text, chat templates expect objects."""
-    return _parsed(arguments, "the arguments of a call") if isinstance(arguments, str) else arguments
-
-
 def _why_untrained(turn: dict) -> str | None:
-    weight = turn.get("weight")
-    if weight not in (None, 0, 1):
-        raise DropRow("the 'weight' of a message is neither 0 nor 1")
-    if weight is not None and not weight:
-        return "its weight is 0"
-    return "its 'train' is false" if turn.get("train") is False else None
+    for name in ("weight", "train"):
+        value = turn.get(name)
+        if value not in (None, 0, 1):  # False and True are among these
+            raise DropRow(f"the '{name}' of a message is neither 0 nor 1")
+        if value is not None and not value:
+            return f"its '{name}' is {json.dumps(value)}"
+    return None
 
 
 def mark_chat(chat: Chat, tokenizer) -> Chat:

@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 
-from qlora.data.chat import Chat, mark_chat, read_chat
+from qlora.data.chat import Chat, chat_column, has_system_turn, mark_chat, read_chat
 from qlora.data.chat_template import template_segments
 from qlora.data.formatting import Formatting
 from qlora.data.segments import DropRow, Segment, adds_bos_itself, mark_special_tokens, spells_special_tokens
@@ -32,9 +32,11 @@ TURNS = {
         re.DOTALL,
     ),
 }
-USUAL = {"guanaco": ("", " ", "", " ", ""), "llama2": ("<s>", " ", " ", " ", " </s>")}
+STANDARD_SPACING = {"guanaco": ("", " ", "", " ", ""), "llama2": ("<s>", " ", " ", " ", " </s>")}
 MARKERS = {"guanaco": ("### Human:", "### Assistant:"), "llama2": ("[INST]", "[/INST]")}
-OF_TEXT_ROWS = "{# asks as the rows of text did that the adapter was trained on #}"  # begins turn_template()
+TURN_TEMPLATE_MARK = (
+    "{# asks as the rows of text did that the adapter was trained on #}"  # begins turn_template()
+)
 
 
 def detect_format(rows: list[dict], text_field: str) -> str | None:
@@ -82,7 +84,7 @@ def row_segments(row: dict, formatting: Formatting, tokenizer) -> tuple[list[Seg
         if not chat.turns:
             raise DropRow("no response")
         if chat.is_question:
-            notes.append("the messages behind the last answer are left out")
+            notes.append("the messages after the last answer are left out")
             chat = chat.until(chat.turns[-1] + 1)
         segments, chat_notes = _written_chat(chat, formatting, tokenizer)
         notes += chat_notes
@@ -97,6 +99,8 @@ def row_segments(row: dict, formatting: Formatting, tokenizer) -> tuple[list[Seg
         segments = _text_segments(_text(row, formatting.text_field), row_format, tokenizer)
     while segments and not segments[-1][1]:
         segments.pop()
+    if row_format != "messages" and not formatting.completion_only_loss:
+        segments = [(text, True) for text, _ in segments]
     if not segments:
         raise DropRow(next((note for note in notes if "not trained" in note), "no response"))
     answers = [text for text, is_trained in segments if is_trained]
@@ -160,7 +164,7 @@ def chat_segments(messages: list[dict], formatting: Formatting, tokenizer) -> li
         return prompt_segments(row, formatting, tokenizer)
     if row_format in MARKERS:
         template = str(tokenizer.chat_template)
-        if not template.startswith(OF_TEXT_ROWS):
+        if not template.startswith(TURN_TEMPLATE_MARK):
             template = turn_template([], row_format, tokenizer)
         text = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
@@ -179,27 +183,27 @@ def turn_template(texts: list[str], row_format: str, tokenizer) -> str:
     question must be asked in the same way.
     """
     turns = [turn.groups() for text in texts for turn in TURNS[row_format].finditer(text)]
-    before, before_question, behind_question, before_answer, behind_answer = USUAL[row_format]
+    before, before_question, after_question, before_answer, after_answer = STANDARD_SPACING[row_format]
     if turns:
         columns = list(zip(*turns))
-        before, before_question, behind_question, before_answer = (
+        before, before_question, after_question, before_answer = (
             Counter(column).most_common(1)[0][0] for column in columns[:4]
         )
         followed = [turn[4] for turn in turns if turn[5]]
-        behind_answer = behind_question if row_format == "guanaco" else behind_answer
+        after_answer = after_question if row_format == "guanaco" else after_answer
         if followed:
-            behind_answer = Counter(followed).most_common(1)[0][0]
+            after_answer = Counter(followed).most_common(1)[0][0]
     question, answer = MARKERS[row_format]
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
     begins = bos if adds_bos_itself(tokenizer) and not before.startswith("<s>") else ""
-    before, behind_answer = before.replace("<s>", bos), behind_answer.replace("</s>", eos)
+    before, after_answer = before.replace("<s>", bos), after_answer.replace("</s>", eos)
     return (
-        f"{OF_TEXT_ROWS}{{{{ {json.dumps(begins)} }}}}{{% for message in messages %}}"
+        f"{TURN_TEMPLATE_MARK}{{{{ {json.dumps(begins)} }}}}{{% for message in messages %}}"
         "{% if message['role'] == 'user' %}"
         f"{{{{ {json.dumps(before + question + before_question)} + message['content'] + "
-        f"{json.dumps(behind_question + answer)} }}}}"
+        f"{json.dumps(after_question + answer)} }}}}"
         "{% elif message['role'] == 'assistant' %}"
-        f"{{{{ {json.dumps(before_answer)} + message['content'] + {json.dumps(behind_answer)} }}}}"
+        f"{{{{ {json.dumps(before_answer)} + message['content'] + {json.dumps(after_answer)} }}}}"
         "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{% endfor %}"
     )
 
@@ -255,12 +259,17 @@ def _written_chat(chat: Chat, formatting: Formatting, tokenizer) -> tuple[list[S
                 raise DropRow("empty response")
     if formatting.takes_special_tokens_as_text:
         chat = mark_chat(chat, tokenizer)
-    return template_segments(chat, tokenizer, formatting.train_on)
+    return template_segments(chat, tokenizer, formatting.train_on, formatting.completion_only_loss)
 
 
 def _unread_columns(row: dict, formatting: Formatting) -> list[str]:
-    optional = {"messages": {"tools", "system"}, "alpaca": {"input"}}.get(formatting.row_format, set())
-    read = required_columns(formatting.row_format, formatting.text_field) | optional
+    read = required_columns(formatting.row_format, formatting.text_field)
+    if formatting.row_format == "alpaca":
+        read = read | {"input"}
+    if formatting.row_format == "messages":
+        read = {chat_column(row), "tools"}
+        if not has_system_turn(read_chat(row | {"system": None}).messages):
+            read.add("system")
     return [f"column '{name}' is not read" for name, value in row.items() if name not in read and value]
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -172,6 +172,9 @@ def _choose_files(folder: Path, split_name: str) -> tuple[list[Path], dict[str, 
     taken = by_split.pop(split_name, [])
     if not taken and split_name == "train":
         taken = by_split.pop(None, [])
+        if any(_begins_with(path, ["train"]) for path in taken):  # such as train_sft beside test_sft
+            by_split[None] = [path for path in taken if _begins_with(path, OTHER_SPLITS)]
+            taken = [path for path in taken if path not in by_split[None]]
     left_out = {
         f"of split {split}" if split else "of no split": [str(path.relative_to(folder)) for path in paths]
         for split, paths in by_split.items()
@@ -197,6 +200,10 @@ def _split_named_by(name: str, wanted: str, before: str = "", after: str = "") -
         if match := re.fullmatch(pattern, name, re.IGNORECASE):
             return wanted if splits == [wanted] else match[1].lower()
     return None
+
+
+def _begins_with(path: Path, words: Sequence[str]) -> bool:
+    return re.match(rf"({'|'.join(words)})[-_. ]", path.stem, re.IGNORECASE) is not None
 
 
 def _raise_unreadable(error: OSError) -> None:

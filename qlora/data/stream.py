@@ -40,11 +40,15 @@ class RowStream:
 
         Raises InputError for what cannot be read, or if a whole pass has no usable row.
         """
+        seen_notes = set()
         while True:
             located_rows, is_any_used = islice(self.source, row, None), row > 0
             while window := list(islice(located_rows, self.window_rows)):
                 rows = tokenize_window(window, self.tokenizer, self.formatting).cut(self.max_length)
                 check_vocabulary(rows, self.vocab_size)
+                if new_notes := [note for note in rows.notes if note not in seen_notes]:
+                    seen_notes.update(new_notes)
+                    tqdm.write(f"from {window[0][0]} on: {'; '.join(new_notes)}")
                 if rows.dropped:
                     tqdm.write(f"from {window[0][0]} on, dropped: {rows.describe_drops()}")
                 if len(rows):

@@ -21,6 +21,7 @@ from qlora.data import cache
 from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
 from qlora.data.formats import (
     MARKERS,
+    TURN_TEMPLATE_MARK,
     detect_format,
     required_columns,
     row_segments,
@@ -84,6 +85,11 @@ def tokenize_rows(
     sample = list(islice(remaining, SAMPLE_ROWS))
     formatting = checked_format([row for _, row in sample], formatting, name)
     row_format = formatting.row_format
+    if row_format == "messages" and str(tokenizer.chat_template).startswith(TURN_TEMPLATE_MARK):
+        raise InputError(
+            f"{name} has chats, but the adapter's chat template is that of the text rows it was trained on: "
+            "give another with --chat_template"
+        )
     if row_format == "messages" and tokenizer.chat_template is None:
         print("The tokenizer has no chat template: turns are written as ### Human: and ### Assistant:.")
         tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE  # saved with the adapter's tokenizer
@@ -144,15 +150,11 @@ def checked_format(sample: list[dict], formatting: Formatting, name: str) -> For
 # ---------------------------------------------------------------- one row
 
 
-def tokenize_segments(
-    segments: list[Segment], adds_bos: bool, completion_only_loss: bool, tokenizer
-) -> tuple[list[int], list[int]]:
+def tokenize_segments(segments: list[Segment], adds_bos: bool, tokenizer) -> tuple[list[int], list[int]]:
     """Segments of a whole row to (input_ids, labels), ending in a trained EOS. Raises DropRow.
 
     The first token is never a target: there is nothing before it to predict it from.
     """
-    if not completion_only_loss:
-        segments = [(text, True) for text, _ in segments]
     last, _ = segments[-1]
     if last.rstrip().endswith(tokenizer.eos_token):  # nothing after EOS is trained
         segments = [*segments[:-1], (last.rstrip(), True)]
@@ -234,7 +236,7 @@ def tokenize_batch(batch: dict, tokenizer, formatting: Formatting) -> dict:
         row = json.loads(row)
         try:
             segments, notes = row_segments(row, formatting, tokenizer)
-            ids, labels = tokenize_segments(segments, adds_bos, formatting.completion_only_loss, tokenizer)
+            ids, labels = tokenize_segments(segments, adds_bos, tokenizer)
             values = token_columns(
                 where, ids, labels, row, notes, tokenizer.bos_token_id, tokenizer.eos_token_id
             )

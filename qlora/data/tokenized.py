@@ -261,7 +261,7 @@ def find_held_out(rows: TokenizedRows, hashes: list[np.ndarray], name: str) -> T
     if not any(found):
         raise InputError(
             f"--validation_split: {name} has none of the {sum(map(len, hashes)):,} rows that the training "
-            "held out: it is other data"
+            "held out: this is a different dataset"
         )
     complete = [part for part, count in zip(hashes, found) if count == len(part)]
     if not any(map(len, complete)):

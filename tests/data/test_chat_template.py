@@ -15,6 +15,7 @@ from qlora.errors import InputError
 from tests.data.chat_templates import CHATML, LLAMA32, TEMPLATES, use_template
 
 MESSAGES = Formatting("messages")
+OTHER_PROMPT = "the chat template asks for the last answer with another text than it writes here"
 DAY = datetime.date(2026, 11, 25)
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 TOOL_JSON = '{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}'
@@ -171,14 +172,73 @@ def test_a_weight_between_0_and_1_drops_the_row(tokenizer):
         notes({"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0.5}]}, tokenizer)
 
 
-def test_messages_behind_the_last_answer_are_noted(tokenizer):
+def test_messages_after_the_last_answer_are_noted(tokenizer):
     prepare(tokenizer, "ChatML")
     assert notes({"messages": TWO_TURNS[:3]}, tokenizer) == [
-        "the messages behind the last answer are left out"
+        "the messages after the last answer are left out"
     ]
 
 
+@pytest.mark.parametrize("question", ["What?", "think", "n", "<think>"])
+def test_what_a_user_writes_does_not_move_the_start_of_the_answer(tokenizer, question):
+    """Even if it also stands in what the template writes in front of the answer."""
+    prepare(tokenizer, "Qwen3")
+    row = {"messages": [turn("user", question), turn("assistant", "A leaf.")]}
+    assert written(row, tokenizer).endswith("assistant\n⟦<think>\n\n</think>\n\nA leaf.<|im_end|>⟧")
+
+
+def test_a_mark_around_the_whole_turn_is_cut_to_what_the_model_writes(tokenizer):
+    """As in SmolLM3's template, which marks the header and the newline too."""
+    prepare(tokenizer, "marked")
+    header, content = "<|im_start|>assistant\n", "{{ m['content'] }}{% endgeneration %}<|im_end|>\n"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        f"{header}{{% generation %}}{content}",
+        "{% generation %}" + header + "{{ m['content'] }}<|im_end|>{{ '\n' }}{% endgeneration %}",
+    )
+    assert written(ROWS["two turns"], tokenizer) == WRITTEN["marked", "two turns"]
+
+
+def test_a_generation_prompt_that_a_template_always_appends_is_not_trained(tokenizer):
+    prepare(tokenizer, "ChatML")
+    tokenizer.chat_template = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+    assert written(ROWS["two turns"], tokenizer) == WRITTEN["ChatML", "two turns"]
+
+
+@pytest.mark.parametrize("key, value", [("weight", 0), ("train", 0), ("train", False)])
+def test_what_must_not_be_trained_is_not_trained_with_the_prompts_either(tokenizer, key, value):
+    prepare(tokenizer, "ChatML")
+    row = {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {key: value}, *TWO_TURNS[2:]]}
+    everything = Formatting("messages", completion_only_loss=False)
+    assert written(row, tokenizer, everything) == (
+        "⟦<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n⟧A leaf.<|im_end|>"
+        "⟦\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n⟧⟦Yes.<|im_end|>⟧"
+    )
+
+
 # ---------------------------------------------------------------- what a template leaves out
+
+
+@pytest.mark.parametrize("empty", [[], None, {}, ""])
+def test_empty_keys_of_a_message_say_nothing(tokenizer, empty):
+    prepare(tokenizer, "ChatML")
+    row = {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"tool_calls": empty, "name": empty}, *TWO_TURNS[2:]]}
+    assert written(row, tokenizer) == WRITTEN["ChatML", "two turns"] and not notes(row, tokenizer)
+
+
+def test_a_turn_of_which_only_one_call_is_written_is_not_trained(tokenizer):
+    prepare(tokenizer, "Qwen3")
+    one_call = "for call in (m.tool_calls or [])[:1]"
+    tokenizer.chat_template = tokenizer.chat_template.replace("for call in m.tool_calls or []", one_call)
+    row = {"messages": [CALL[0], turn("assistant", None, tool_calls=call() + call('{"city": "Oslo"}'))]}
+    with pytest.raises(DropRow, match="leaves out its tool calls"):
+        notes(row, tokenizer)
+
+
+def test_a_short_answer_of_a_tool_that_is_left_out_is_noted_too(tokenizer):
+    prepare(tokenizer, "Qwen3")
+    tokenizer.chat_template = tokenizer.chat_template.replace("'\n<tool_response>\n' + content", "''")
+    row = {"messages": [*CALL[:2], turn("tool", "72"), turn("assistant", "It is 72.")]}
+    assert "the chat template leaves out the content of a message of the role tool" in notes(row, tokenizer)
 
 
 def test_what_a_template_leaves_out_is_named_and_a_turn_without_its_call_not_trained(tokenizer):
@@ -201,7 +261,8 @@ def test_what_a_template_leaves_out_is_named_and_a_turn_without_its_call_not_tra
      "the chat template leaves out 'name' of a message"),
     ("Mistral v0.3", {"messages": [turn("system", "Be brief."), *TWO_TURNS]},
      "the chat template leaves out the content of a message of the role system"),
-    ("Qwen3", {"messages": REASONING}, "the chat template rewrites the content of a turn of the assistant"),
+    ("Qwen3", {"messages": REASONING},
+     "the chat template leaves out some of the content of a message of the role assistant"),
     ("ChatML", {"messages": TWO_TURNS, "source": "web", "id": 3}, "column 'source' is not read"),
 ])  # fmt: skip
 def test_what_is_not_trained_is_noted(tokenizer, name, row, note):
@@ -219,7 +280,10 @@ def test_reasoning_that_the_template_writes_is_trained(tokenizer):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_nothing_is_noted_of_a_plain_chat(tokenizer, name):
     prepare(tokenizer, name)
-    assert notes({"messages": TWO_TURNS}, tokenizer) == []
+    if name == "DeepSeek":  # whose generation prompt opens the reasoning that the template cuts
+        assert notes({"messages": TWO_TURNS}, tokenizer) == [OTHER_PROMPT]
+    else:
+        assert notes({"messages": TWO_TURNS}, tokenizer) == []
 
 
 def test_a_null_content_is_not_written_as_a_word(tokenizer, monkeypatch):
@@ -268,6 +332,36 @@ def test_sharegpt_columns_and_roles_are_read(tokenizer):
     assert written(row, tokenizer) == written(same, tokenizer)
 
 
+def test_openais_function_calls_are_tool_calls():
+    function = {"name": "weather", "arguments": '{"city": "Rome"}'}
+    row = {"messages": [turn("user", "Rome?"), turn("assistant", None, function_call=function)]}
+    messages = read_chat({"messages": [*row["messages"], turn("function", "Sunny")]}).messages
+    assert messages[1:] == [
+        turn("assistant", None, tool_calls=[{"type": "function", "function": function}]),
+        turn("tool", "Sunny"),
+    ]
+
+
+def test_arguments_are_never_written_as_python_writes_them(tokenizer):
+    prepare(tokenizer, "Qwen3")
+    written_plainly = tokenizer.chat_template.replace("call.arguments | tojson", "call.arguments")
+    tokenizer.chat_template = written_plainly
+    row = {"messages": [CALL[0], turn("assistant", None, tool_calls=call('{"warm":true}'))]}
+    assert '"arguments": {"warm":true}}' in written(row, tokenizer)
+
+
+@pytest.mark.parametrize("row, unread", [
+    ({"messages": None, "conversations": TWO_TURNS}, []),
+    ({"messages": TWO_TURNS, "conversations": []}, []),
+    ({"messages": TWO_TURNS, "conversations": [{"from": "human", "value": "a"}]}, ["conversations"]),
+    ({"messages": [turn("system", "Be brief."), *TWO_TURNS], "system": "Be long."}, ["system"]),
+    ({"messages": TWO_TURNS, "system": "Be brief."}, []),
+])  # fmt: skip
+def test_a_column_that_another_replaces_is_noted(tokenizer, row, unread):
+    prepare(tokenizer, "ChatML")
+    assert notes(row, tokenizer) == [f"column '{name}' is not read" for name in unread]
+
+
 def test_content_may_be_a_list_of_text_parts():
     parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "is it?"}]
     assert read_chat({"messages": [turn("user", parts)]}).messages == [turn("user", "What is it?")]
@@ -278,13 +372,14 @@ def test_content_may_be_a_list_of_text_parts():
 @pytest.mark.parametrize("row, reason", [
     ({"messages": TWO_TURNS, "tools": "[{"}, "'tools' cannot be read as JSON"),
     ({"messages": TWO_TURNS, "tools": ["weather"]}, "'tools' is not a list of tools"),
-    ({"messages": [turn("assistant", None, tool_calls=call("{"))]}, "the arguments of a call cannot be read"),
+    ({"messages": [turn("assistant", None, tool_calls=call("{"))]}, "arguments of a tool call cannot"),
     ({"messages": [turn("assistant", "a", tool_calls="weather")]}, "'tool_calls' is not a list of calls"),
     ({"messages": [turn("assistant", None)]}, "no text or no role"),
 ])  # fmt: skip
-def test_a_chat_that_cannot_be_read_is_dropped_for_its_reason(row, reason):
+def test_a_chat_that_cannot_be_read_is_dropped_for_its_reason(tokenizer, row, reason):
+    prepare(tokenizer, "Qwen3")
     with pytest.raises(DropRow, match=reason):
-        read_chat(row)
+        notes(row, tokenizer)
 
 
 # ---------------------------------------------------------------- special tokens in the text of users
@@ -340,6 +435,12 @@ def test_every_named_template_gets_the_date(tokenizer):
     set_chat_template(tokenizer, None, DAY)
     assert tokenizer.chat_template["tool_use"] == '{{ "2026" }}'
     assert "25 Nov 2026" in tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
+
+
+def test_a_date_whose_format_is_computed_is_fixed_too(tokenizer):
+    tokenizer.chat_template = "{% set style = '%Y' %}{{ strftime_now(style) }}"
+    set_chat_template(tokenizer, None, datetime.date(2020, 1, 2))
+    assert tokenizer.apply_chat_template(TWO_TURNS, tokenize=False) == "2020-01-02"
 
 
 def test_a_template_from_a_file_replaces_the_tokenizers_own(tokenizer, tmp_path):

@@ -330,6 +330,12 @@ def test_a_folder_inside_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
         read(tmp_path)
 
 
+def test_beside_files_that_begin_with_train_those_that_begin_with_another_split_are_left_out(tmp_path):
+    make_folder(tmp_path, train_sft="a", test_sft="b", test_gen="c", more="d")
+    assert read(tmp_path) == [{"text": "d"}, {"text": "a"}]
+    assert "left out: 2 of no split: test_gen.jsonl, test_sft.jsonl" in described(tmp_path)
+
+
 def test_a_link_to_a_file_that_is_gone_is_an_error(tmp_path):
     make_folder(tmp_path, a="a")
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")

@@ -115,3 +115,11 @@ def test_a_token_beyond_the_vocabulary_is_an_error(rows_file, tokenizer):
     assert stream.window_rows == STREAM_WINDOW
     with pytest.raises(InputError, match="the model has only 300 tokens"):
         next(stream.windows())
+
+
+def test_what_later_windows_do_not_train_is_said_once(tmp_path, tokenizer, capsys):
+    rows = [*ROWS[:4], *(row | {"id": "a"} for row in ROWS[4:12])]
+    windows = open_stream(write(tmp_path / "rows.jsonl", *rows), tokenizer, window_rows=4).windows()
+    for _ in range(3):
+        next(windows)
+    assert capsys.readouterr().out.count("column 'id' is not read") == 1

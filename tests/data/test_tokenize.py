@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from qlora.data.cache import load_table
+from qlora.data.formats import turn_template
 from qlora.data.formatting import Formatting
 from qlora.data.sources import read_rows
 from qlora.data.tokenize import row_hash, tokenize_batch, tokenize_rows, tokenize_window, write_tokens
@@ -138,3 +139,10 @@ def test_several_processes_make_the_tokens_that_one_makes(tokenizer, tmp_path):
     assert len(list((tmp_path / "one").glob("*.arrow"))) == 1
     assert len(list((tmp_path / "several").glob("*.arrow"))) == 3 + 1
     assert load_table(tmp_path / "several").to_list() == load_table(tmp_path / "one").to_list()
+
+
+def test_chats_do_not_go_through_the_template_of_an_adapters_text_rows(tokenizer):
+    tokenizer.chat_template = turn_template([], "guanaco", tokenizer)
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A leaf."}]
+    with pytest.raises(InputError, match=r"of the text rows .* give another with --chat_template"):
+        tokenize_rows(located({"messages": chat}), tokenizer)

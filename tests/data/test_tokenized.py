@@ -187,7 +187,7 @@ def test_rows_that_do_not_match_the_held_out_ones_are_refused_with_the_counts(to
     total, of_second = sum(map(len, held_out)), len(held_out[1])
     other = tokenize_rows(located(USABLE, {"prompt": "a", "completion": "b"}), tokenizer)
     with pytest.raises(
-        InputError, match=f"^--validation_split: d has none of the {total} rows .* other data"
+        InputError, match=f"^--validation_split: d has none of the {total} rows .* a different dataset"
     ):
         find_held_out(other, hashes, "d")
     changed = [line for line in datasets[1] if line not in held_out[1][:2]] + held_out[0][:1]
