@@ -109,28 +109,32 @@ def template_segments(
         is_trained = not why_not and (train_on == "all" or position == chat.turns[-1])
         segments += [(text[end : span[0]], not completion_only_loss), (text[span[0] : span[1]], is_trained)]
         end = span[1]
-    if chat.turns and not chat.is_question:
-        asked = render(chat.until(chat.turns[-1]), tokenizer, add_generation_prompt=True)
-        if chat.turns[-1] and not text.startswith(asked):
-            notes.append("the chat template asks for the last answer with another text than it writes here")
+    if chat.turns and not chat.is_question and not _asks_as_written(chat, text, tokenizer):
+        notes.append("the chat template asks for the last answer with another text than it writes here")
     if text[end:]:
         segments.append((text[end:], False))
     return segments, notes
 
 
+def _asks_as_written(chat: Chat, text: str, tokenizer) -> bool:
+    """Whether generation will ask for the last turn with what stands in front of it in `text`."""
+    try:
+        return text.startswith(render(chat.until(chat.turns[-1]), tokenizer, add_generation_prompt=True))
+    except DropRow:  # nothing stands in front of it, or a system turn alone
+        return True
+
+
 def _fit_to_template(chat: Chat, tokenizer) -> tuple[Chat, str]:
     """(the chat in the form that its template expects, what the template writes of it). Raises DropRow."""
     given, chat = chat, with_arguments(chat, _as_object)
+    has_calls = any("tool_calls" in message for message in chat.messages)
     try:
         text = render(chat, tokenizer, chat.is_question)
-        is_refused = False
     except DropRow:
-        if not any("tool_calls" in message for message in chat.messages):
+        if not has_calls:
             raise
-        is_refused = True
-    if is_refused or _writes_python(
-        chat, text
-    ):  # some templates, DeepSeek's among them, expect text after all
+        text = None
+    if has_calls and (text is None or _writes_python(chat, text)):  # as DeepSeek's, which expects text
         chat = with_arguments(given, _as_text)
         text = render(chat, tokenizer, chat.is_question)
     if any(message["content"] is None for message in chat.messages):

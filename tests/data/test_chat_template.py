@@ -215,6 +215,14 @@ def test_what_must_not_be_trained_is_not_trained_with_the_prompts_either(tokeniz
     )
 
 
+def test_a_chat_may_begin_with_an_answer(tokenizer):
+    prepare(tokenizer, "ChatML")
+    row = {"messages": [turn("assistant", "Hello!")]}
+    assert written(row, tokenizer) == "<|im_start|>assistant\n⟦Hello!<|im_end|>⟧" and not notes(
+        row, tokenizer
+    )
+
+
 # ---------------------------------------------------------------- what a template leaves out
 
 
