@@ -27,7 +27,7 @@ def test_the_report_lists_the_files_of_a_folder_that_are_read_and_left_out(base,
     for name in ("rows.jsonl", "test.jsonl"):
         (tmp_path / "data" / name).write_text(json.dumps(ROWS[0]) + "\n")
     argv = ["--model", base, "--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
-    line = f"{tmp_path / 'data'}: 1 files read: rows.jsonl; left out: 1 of split test: test.jsonl"
+    line = f"{tmp_path / 'data'}: 1 file read: rows.jsonl; left out: 1 of split test: test.jsonl"
     for kind in ("text", "json"):
         with pytest.raises(SystemExit, match="0"):
             train.main([*argv, "--data_report", kind])

@@ -47,7 +47,7 @@ class RowSource:
             return []
         taken, left_out = _choose_files(Path(self.dataset), split_name)
         names = [str(path.relative_to(self.dataset)) for path in taken]
-        text = f"{self}: {len(taken):,} files read: {_shortened(names)}"
+        text = f"{self}: {len(taken):,} file{'' if len(taken) == 1 else 's'} read: {_shortened(names)}"
         reasons = [f"{len(names):,} {reason}: {_shortened(names)}" for reason, names in left_out.items()]
         return [f"{text}; left out: {'; '.join(reasons)}" if reasons else text]
 

@@ -278,8 +278,8 @@ def test_a_folder_describes_what_is_read_and_what_is_left_out_and_why(tmp_path):
     )
     make_folder(tmp_path, train="c")
     no_split = "left out: 2 of no split: a.jsonl, b.jsonl; 1 of split "
-    assert described(tmp_path).startswith(f"{tmp_path}: 1 files read: train.jsonl; {no_split}test: ")
-    text = f"{tmp_path} (test[:1]): 1 files read: test.jsonl; {no_split}train: "
+    assert described(tmp_path).startswith(f"{tmp_path}: 1 file read: train.jsonl; {no_split}test: ")
+    text = f"{tmp_path} (test[:1]): 1 file read: test.jsonl; {no_split}train: "
     assert described(tmp_path, "test[:1]").startswith(text)
 
 

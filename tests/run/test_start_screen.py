@@ -63,6 +63,6 @@ def test_the_files_of_a_folder_that_are_read_and_left_out_are_beside_the_data_li
     start = next(number for number, line in enumerate(lines) if line.startswith("data  "))
     left_out = "; left out: 1 of no split: dev-ops.jsonl; 1 of split"
     assert lines[start + 2 : start + 4] == [
-        f"files       {folder}: 1 files read: train.jsonl{left_out} test: test.jsonl",
-        f"            {folder} (test): 1 files read: test.jsonl{left_out} train: train.jsonl",
+        f"files       {folder}: 1 file read: train.jsonl{left_out} test: test.jsonl",
+        f"            {folder} (test): 1 file read: test.jsonl{left_out} train: train.jsonl",
     ]
