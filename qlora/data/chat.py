@@ -22,6 +22,7 @@ class Chat:
     messages: list[dict]  # "role" and "content", and whatever else the row has: "tool_calls", "name", ...
     tools: list[dict] | None = None  # JSON schemas of the functions that may be called
     untrained: tuple[str | None, ...] = ()  # for each message: why its turn must not be trained, or None
+    columns: frozenset[str] = frozenset()  # of the row, those that the chat is read from
 
     @property
     def turns(self) -> list[int]:
@@ -42,32 +43,24 @@ class Chat:
         return replace(self, messages=[*self.messages[:position], message, *self.messages[position + 1 :]])
 
 
-def chat_column(row: dict) -> str:
-    """The column that holds a row's chat."""
-    return next((name for name in COLUMNS if row.get(name) is not None), COLUMNS[0])
-
-
 def read_chat(row: dict) -> Chat:
     """The chat in a row of `messages` or ShareGPT's `conversations`, with its `system` and `tools` columns.
 
     Messages keep all their keys but `weight` and `train`, with which a row says what not to train. Raises
     DropRow.
     """
-    column = chat_column(row)
+    column = next((name for name in COLUMNS if row.get(name) is not None), COLUMNS[0])
     turns = row.get(column)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise DropRow(f"'{column}' is not a list of messages")
     messages = [_read_message(turn, column) for turn in turns]
     untrained = [_why_untrained(turn) for turn in turns]
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and not has_system_turn(messages):
-        messages, untrained = [{"role": "system", "content": system}, *messages], [None, *untrained]
-    return Chat(messages, _read_tools(row.get("tools")), tuple(untrained))
-
-
-def has_system_turn(messages: list[dict]) -> bool:
-    """Whether a chat has its system text among its messages, so that a `system` column is not read."""
-    return bool(messages) and messages[0]["role"] == "system"
+    columns, system = {column, "tools"}, row.get("system")
+    if not (messages and messages[0]["role"] == "system"):  # a system text among the messages is preferred
+        columns.add("system")
+        if isinstance(system, str) and system.strip():
+            messages, untrained = [{"role": "system", "content": system}, *messages], [None, *untrained]
+    return Chat(messages, _read_tools(row.get("tools")), tuple(untrained), frozenset(columns))
 
 
 def _read_message(turn: dict, column: str) -> dict:

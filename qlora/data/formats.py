@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 
-from qlora.data.chat import Chat, chat_column, has_system_turn, mark_chat, read_chat
+from qlora.data.chat import Chat, mark_chat, read_chat
 from qlora.data.chat_template import template_segments
 from qlora.data.formatting import Formatting
 from qlora.data.segments import DropRow, Segment, adds_bos_itself, mark_special_tokens, spells_special_tokens
@@ -34,9 +34,8 @@ TURNS = {
 }
 STANDARD_SPACING = {"guanaco": ("", " ", "", " ", ""), "llama2": ("<s>", " ", " ", " ", " </s>")}
 MARKERS = {"guanaco": ("### Human:", "### Assistant:"), "llama2": ("[INST]", "[/INST]")}
-TURN_TEMPLATE_MARK = (
-    "{# asks as the rows of text did that the adapter was trained on #}"  # begins turn_template()
-)
+# Begins what turn_template() returns.
+TURN_TEMPLATE_MARK = "{# asks as the rows of text did that the adapter was trained on #}"
 
 
 def detect_format(rows: list[dict], text_field: str) -> str | None:
@@ -78,9 +77,11 @@ def row_segments(row: dict, formatting: Formatting, tokenizer) -> tuple[list[Seg
 
     Notes say what of the row is not trained as a reader of the data might expect.
     """
-    row_format, notes = formatting.row_format, _unread_columns(row, formatting)
+    row_format, notes = formatting.row_format, []
+    read = required_columns(row_format, formatting.text_field)
     if row_format == "messages":
         chat = read_chat(row)
+        read = chat.columns
         if not chat.turns:
             raise DropRow("no response")
         if chat.is_question:
@@ -89,6 +90,7 @@ def row_segments(row: dict, formatting: Formatting, tokenizer) -> tuple[list[Seg
         segments, chat_notes = _written_chat(chat, formatting, tokenizer)
         notes += chat_notes
     elif row_format == "alpaca":
+        read = read | {"input"}
         row = _content(row, ("instruction", "input", "output"), formatting, tokenizer)
         segments = [(_alpaca_prompt(row), False), (_text(row, "output"), True)]
     elif row_format == "prompt_completion":
@@ -106,6 +108,9 @@ def row_segments(row: dict, formatting: Formatting, tokenizer) -> tuple[list[Seg
     answers = [text for text, is_trained in segments if is_trained]
     if not all(answer.replace(tokenizer.eos_token, "").strip() for answer in answers):
         raise DropRow("empty response")
+    notes = [
+        f"column '{name}' is not read" for name, value in row.items() if name not in read and value
+    ] + notes
     if spells_special_tokens(segments):
         notes.append("its text spells special tokens, which are taken as plain text")
     return segments, notes
@@ -260,17 +265,6 @@ def _written_chat(chat: Chat, formatting: Formatting, tokenizer) -> tuple[list[S
     if formatting.takes_special_tokens_as_text:
         chat = mark_chat(chat, tokenizer)
     return template_segments(chat, tokenizer, formatting.train_on, formatting.completion_only_loss)
-
-
-def _unread_columns(row: dict, formatting: Formatting) -> list[str]:
-    read = required_columns(formatting.row_format, formatting.text_field)
-    if formatting.row_format == "alpaca":
-        read = read | {"input"}
-    if formatting.row_format == "messages":
-        read = {chat_column(row), "tools"}
-        if not has_system_turn(read_chat(row | {"system": None}).messages):
-            read.add("system")
-    return [f"column '{name}' is not read" for name, value in row.items() if name not in read and value]
 
 
 def _content(row: dict, columns: tuple[str, ...], formatting: Formatting, tokenizer) -> dict:
