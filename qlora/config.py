@@ -749,12 +749,7 @@ class EvaluateConfig(AdapterFlags):
                 raise ValueError(f"--{name} cannot be used with --quantization")
         super().check_given(given)
 
-    def formatting(self) -> Formatting:
-        """How the rows of --dataset and --prompts_file become text."""
-        return Formatting(
-            self.dataset_format, self.dataset_text_field, self.completion_only_loss, self.train_on,
-            self.split_special_tokens,
-        )  # fmt: skip
+    formatting = TrainConfig.formatting  # the flags have the same names
 
     @property
     def held_out(self) -> float | None:

@@ -139,7 +139,7 @@ def dataset_rows(config: EvaluateConfig, tokenizer, model_config) -> tuple[Token
             held_out = training.held_out.hashes
         rows = find_held_out(rows, held_out, f"--dataset {config.dataset}")
     rows = cut_rows(rows, max_length, model_config.vocab_size)
-    return rows, count_rows(rows, read)
+    return rows, counts_of(rows, read)
 
 
 def trained_without(config: EvaluateConfig) -> list[np.ndarray]:
@@ -160,18 +160,24 @@ def general_rows(config: EvaluateConfig, tokenizer, model_config) -> tuple[Token
     rows = tokenize_source(tokenizer, formatting, source)
     max_length = choose_max_length(config.max_length, rows.full_lengths, model_config)
     rows = cut_rows(rows, max_length, model_config.vocab_size)
-    return rows, count_rows(rows, rows.rows_read)
+    return rows, counts_of(rows, rows.rows_read)
 
 
-def count_rows(rows: TokenizedRows, read: int) -> dict:
-    """What became of the `read` rows of a dataset: read = used + dropped + not_held_out."""
+def counts_of(rows: TokenizedRows, read: int) -> dict:
+    """What became of the `read` rows of a dataset."""
+    not_held_out = read - rows.rows_read
+    return row_counts(len(rows), rows.dropped, rows.first_dropped, not_held_out, cut=rows.answers_cut)
+
+
+def row_counts(used: int, dropped: Counter, first_dropped: dict, not_held_out: int = 0, cut: int = 0) -> dict:
+    """What became of rows, for JSON: read = used + dropped + not_held_out."""
     return {
-        "read": read,
-        "used": len(rows),
-        "dropped": dict(rows.dropped),
-        "first_dropped": rows.first_dropped,
-        "not_held_out": read - rows.rows_read,
-        "cut": rows.answers_cut,
+        "read": used + dropped.total() + not_held_out,
+        "used": used,
+        "dropped": dict(dropped),
+        "first_dropped": first_dropped,
+        "not_held_out": not_held_out,
+        "cut": cut,
     }
 
 
@@ -202,11 +208,7 @@ def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> tuple[list[Ta
             f"--prompts_file {config.prompts_file} has no row with a reference answer: "
             f"{describe_drops(dropped, first_dropped)}"
         )
-    read = len(tasks) + dropped.total()
-    return tasks, {
-        "read": read, "used": len(tasks), "dropped": dict(dropped), "first_dropped": first_dropped,
-        "not_held_out": 0, "cut": 0,  # a prompt that is too long is an error
-    }  # fmt: skip
+    return tasks, row_counts(len(tasks), dropped, first_dropped)  # a prompt that is too long is an error
 
 
 def reference_answer(row: dict, formatting: Formatting, tokenizer) -> str:
