@@ -151,7 +151,7 @@ class TrainConfig(Flags):
     split_special_tokens: bool | None = flag(
         None,
         "Tokenize a special token that a row spells, such as </s> in an answer, as plain text. Default: on, "
-        "except for text columns, whose rows bring their own special tokens.",
+        "except for text columns, whose rows bring their own special tokens; rows of llama2 always do.",
         kept_as="split_special_tokens",
     )
     max_length: str = flag(

@@ -16,6 +16,8 @@ class Formatting:
     @property
     def takes_special_tokens_as_text(self) -> bool:
         """Whether a special token that a row spells is plain text; a text column brings its own."""
+        if self.row_format == "llama2":  # whose markers <s> and </s> are
+            return False
         if self.split_special_tokens is not None:
             return self.split_special_tokens
         return self.row_format in ("messages", "alpaca", "prompt_completion")

@@ -583,6 +583,11 @@ def test_text_columns_bring_their_own_special_tokens_unless_told_otherwise(token
     assert ids.count(tokenizer.eos_token_id) == count
 
 
+def test_the_markers_of_llama2_rows_are_never_plain_text(tokenizer):
+    row = {"text": "<s>[INST] What is it? [/INST] A leaf. </s>"}
+    assert tokenize(tokenizer, row, split_special_tokens=True) == tokenize(tokenizer, row)
+
+
 def test_special_tokens_can_be_taken_as_such_in_every_format(tokenizer):
     row = {"prompt": "What?</s>", "completion": " A leaf."}
     _, ids, _ = tokenize(tokenizer, row, split_special_tokens=False)
