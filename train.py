@@ -231,7 +231,7 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
                 flat.check_gradients(trainable)  # a weight without a gradient would silently never change
             flat.gather_gradients()
             scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
-            norm = torch.nn.utils.clip_grad_norm_(flat.vectors, config.max_grad_norm or math.inf)
+            norm = flat.clip_grad_norm_(config.max_grad_norm or math.inf)
             step_loss, grad_norm = torch.stack([loss, norm]).tolist()  # waits for the device
             # Neither a bad row nor an overflow may reach the weights or the optimizer's averages.
             is_finite = math.isfinite(step_loss) and math.isfinite(grad_norm)

@@ -182,7 +182,7 @@ def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
                 flat.check_gradients(trainable)
             flat.gather_gradients()
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(flat.vectors, 1.0)
+            norm = flat.clip_grad_norm_(1.0)
             loss, margin, accuracy, grad_norm = torch.stack([*sums, norm]).tolist()
             is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if is_finite:

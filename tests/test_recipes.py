@@ -20,6 +20,7 @@ from qlora.config import EvaluateConfig, GenerateConfig, TrainConfig
 from qlora.flags import parse_args
 from qlora.model.adapter import ADAPTER, SETTINGS, add_adapter
 from qlora.model.base import load_tokenizer
+from qlora.optim.flat import FlatParameters
 from qlora.run import hub
 from qlora.run.checkpoint import STATE, STATE_TENSORS
 from tests.conftest import ROOT, ROWS
@@ -179,7 +180,7 @@ def trained(base, data_of, tmp_path_factory):
             changed += ["--max_steps", "2"]
         with pytest.MonkeyPatch.context() as patch:
             for module, name in (
-                (train, "build_optimizer"), (train, "Schedule"), (torch.nn.utils, "clip_grad_norm_")
+                (train, "build_optimizer"), (train, "Schedule"), (FlatParameters, "clip_grad_norm_")
             ):  # fmt: skip
                 patch.setattr(module, name, recording(getattr(module, name), name, calls))
             patch.setattr(hub, "check_hub", lambda name, is_private: name)

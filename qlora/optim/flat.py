@@ -52,6 +52,16 @@ class FlatParameters:
         for vector, part in zip(self.vectors, gradient.split(self.group_sizes)):
             vector.grad = part
 
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the gathered gradients down to this norm; returns the norm before, () float32 on the device.
+
+        It is taken of the parameters' norms, as torch.nn.utils.clip_grad_norm_ would do without the vectors:
+        a sum of the squares of 40 million gradients is 0.3% too small in one float32 sum on the CPU.
+        """
+        norm = torch.nn.utils.get_total_norm(self.gradients())
+        torch.nn.utils.clip_grads_with_norm_(self.vectors, max_norm, norm)
+        return norm
+
     def gradients(self) -> list[torch.Tensor]:
         """Each parameter's part of the gathered gradients, in the order of `names`."""
         first = self.vectors[0].grad  # the others lie behind it in the same memory
