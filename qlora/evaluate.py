@@ -120,7 +120,7 @@ def evaluate(config: EvaluateConfig) -> dict:
                 model, tokenizer, tasks, autocast, config.batch_size, config.max_new_tokens,
                 description=f"{name}: answers",
             )  # fmt: skip
-            report[name] |= score(texts, [task.reference for task in tasks], config.code)
+            report[name] |= score(texts, [task.reference for task in tasks], config.code, config.json)
             for answer, text in zip(answers, texts):
                 answer[name] = text
     return report | {"answers": answers}

@@ -1,6 +1,7 @@
-"""Scores of answers against reference answers: exact match, code that parses, CodeBLEU."""
+"""Scores of answers against reference answers: exact match, equal JSON, code that parses, CodeBLEU."""
 
 import ast
+import json
 import logging
 import re
 import warnings
@@ -15,10 +16,16 @@ PARTS = {  # the package's name: ours
 }  # fmt: skip
 
 
-def score(answers: list[str], references: list[str], is_code: bool) -> dict[str, float | None]:
-    """Mean scores from 0 to 1 of answers against their references; with `is_code` also those for Python."""
+def score(
+    answers: list[str], references: list[str], is_code: bool = False, is_json: bool = False
+) -> dict[str, float | None]:
+    """Mean scores from 0 to 1 of answers against their references; some are for Python or JSON only."""
     pairs = list(zip(answers, references, strict=True))
     scores = {"exact_match": mean(float(answer.strip() == reference.strip()) for answer, reference in pairs)}
+    if is_json:
+        values = [[parse_json(extract_code(text)) for text in pair] for pair in pairs]
+        scores["is_json"] = mean(float(value is not None) for value, _ in values)
+        scores["equal_json"] = mean(float(value is not None and value == other) for value, other in values)
     if not is_code:
         return scores
     answers, references = [[extract_code(text) for text in texts] for texts in zip(*pairs)]
@@ -29,6 +36,15 @@ def extract_code(answer: str) -> str:
     """The first fenced block of an answer; the whole answer if it has none."""
     fenced = FENCED.search(answer)
     return fenced[1] if fenced else answer
+
+
+def parse_json(text: str):
+    """An answer's JSON object or list; None if it is neither. Bare numbers and words are no such answer."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, (dict, list)) else None
 
 
 def parses(code: str) -> bool:

@@ -32,6 +32,13 @@ def test_only_code_parses_and_its_fence_is_removed():
     assert score(["```\nx = 1\n```"], ["x = 1"], is_code=True)["parses"] == 1
 
 
+def test_equal_json_may_be_written_in_another_way():
+    reference = '{"a": 1, "b": null}'
+    answers = [reference, '```json\n{"b": null, "a": 1.0}\n```', '{"a": 2, "b": null}', '{"a": 1', "1", ""]
+    scores = score(answers, [reference] * 6, is_json=True)
+    assert scores == {"exact_match": 1 / 6, "is_json": 3 / 6, "equal_json": 2 / 6}
+
+
 def test_without_codebleu_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "codebleu", None)  # as if it were not installed
     with pytest.raises(InputError, match=r"--code needs CodeBLEU: pip install -r requirements-codebleu\.txt"):
