@@ -6,9 +6,7 @@ the optimizer steps. Flags: qlora/config.py. Worked changes: docs/changing-the-l
 
 import gc
 import math
-import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +25,10 @@ from qlora.flags import parse_args
 from qlora.model.adapter import add_adapter, check_base, load_adapter
 from qlora.model.base import load_base, load_config, load_tokenizer, trainable_weights
 from qlora.model.forward import choose_hidden_states
+from qlora.model.initialization import initialize_adapter
 from qlora.model.loss import target_logprobs
 from qlora.optim.flat import FlatParameters
-from qlora.optim.optimizer import build_optimizer
+from qlora.optim.optimizer import build_optimizer, lora_groups
 from qlora.optim.schedule import Schedule
 from qlora.run import hub, start_screen
 from qlora.run.checkpoint import Checkpoints
@@ -85,14 +84,14 @@ def load_data(config: TrainConfig, today=None):
     )  # fmt: skip
 
 
-def load_model(config: TrainConfig, dtype: torch.dtype, device: torch.device, fingerprint: Fingerprint):
+def load_model(config: TrainConfig, dtype: torch.dtype, device: torch.device, rows, fingerprint: Fingerprint):
     """The 4-bit base with a LoRA adapter, a new one or that of --adapter, in training mode."""
     base = load_base(
         config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
         config.bnb_4bit_use_double_quant, config.trust_remote_code,
     )  # fmt: skip
     fingerprint.add_base(config.model)
-    transformers.set_seed(config.seed)  # before the adapter: its A matrices are random
+    transformers.set_seed(config.seed)  # before the adapter, whose first weights are random
     if config.adapter:
         if "base" not in config.allow_changes:
             check_base(config.adapter, fingerprint.values["base"], "--allow_changes base")
@@ -102,6 +101,7 @@ def load_model(config: TrainConfig, dtype: torch.dtype, device: torch.device, fi
             base, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules,
             config.use_rslora, config.use_dora,
         )  # fmt: skip
+        initialize_adapter(model, config.init_lora_weights, config.model, rows)
     fingerprint.add_adapter(model)
     return model.train()
 
@@ -112,7 +112,7 @@ def train(config: TrainConfig):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.check_device(device.type)
     if config.push_to_hub:  # checked now, not hours later
-        config = replace(config, hub_model_id=hub.check_hub(config.repository, config.hub_private_repo))
+        config.hub_model_id = hub.check_hub(config.repository, config.hub_private_repo)
     if config.plan_only:
         return run(config, device, stop, None)
     with claim_folder(
@@ -142,16 +142,16 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     report = data_report(train_rows, validation_rows, batch_size, accumulation, config.seed)
     print(start_screen.describe_data(config.dataset, train_rows, validation_rows, report, stream is not None))
 
-    model = load_model(config, dtype, device, fingerprint)
+    model = load_model(config, dtype, device, train_rows, fingerprint)
     kernels = fuse_linears(model, config.fused_4bit)  # the name of what runs the 4-bit layers
     why_not_packed = choose_attention(model, autocast)  # None if attention can keep packed rows apart
     hidden_states = choose_hidden_states(model)  # computes them for a batch; None: use the model's own logits
     train_batch = partial(forward_backward, model, autocast=autocast, scaler=scaler)
     print(start_screen.describe_model(model, config.model, config.dtype))
 
-    # One optimizer group. A second one could have another multiple of the schedule's learning rate.
+    # Optimizer groups, each with its own multiple of the schedule's learning rate: one, or with LoRA+ two.
     trainable = trainable_weights(model)  # (name, float32 parameter) pairs
-    groups = [{"params": trainable, "lr_multiple": 1.0, "weight_decay": config.weight_decay}]
+    groups = lora_groups(trainable, config.weight_decay, config.loraplus_lr_ratio)
     flat = FlatParameters(groups)  # weights become views of one vector per group
     betas = (config.adam_beta1, config.adam_beta2)
     optimizer = build_optimizer(config.optim, flat.groups, betas, config.adam_epsilon)
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     with command("train.py"):
         config = parse_args(TrainConfig, argv)
         if config.data_report:
-            sys.exit(print_data_report(
+            raise SystemExit(print_data_report(
                 config.data_report, Path(config.output_dir), partial(load_data, config),
                 config.per_device_train_batch_size, config.gradient_accumulation_steps, config.seed,
             ))  # fmt: skip

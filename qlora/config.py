@@ -102,6 +102,13 @@ class TrainConfig(Flags):
         False, "Weight-decomposed LoRA; slower (arXiv 2402.09353).",
         excludes="--adapter, which keeps its own", resume="free", compares=("use_dora",), sets_shapes=True,
     )
+    init_lora_weights: Literal["default", "gaussian", "loftq", "eva"] = flag(
+        "default",
+        "How the adapter starts; the base stays as it is. default: A uniform, B 0. gaussian: A normal, B 0. "
+        "loftq: with what quantization took from each weight (arXiv 2310.08659). eva: A from the inputs of "
+        "each layer (arXiv 2410.07170), B 0.",
+        excludes="--adapter, which has its weights",
+    )
 
     # Data
     dataset: list[str] = flag(
@@ -246,6 +253,12 @@ class TrainConfig(Flags):
     weight_decay: float = flag(
         0.0, "Decoupled weight decay on the LoRA weights. QLoRA used none.",
         limit=NON_NEGATIVE,
+    )
+    loraplus_lr_ratio: float = flag(
+        1.0,
+        "LoRA+: train the B matrices at this multiple of the learning rate (arXiv 2402.12354, which takes 16 "
+        "and a lower rate).",
+        limit=POSITIVE, sets_shapes=True,
     )
     adam_beta1: float = flag(0.9, "AdamW's first-moment decay.", limit=FRACTION)
     adam_beta2: float = flag(
@@ -414,6 +427,8 @@ class TrainConfig(Flags):
         self._check_weights()
         if self.streaming:
             self._check_streaming()
+        if self.init_lora_weights == "loftq" and (self.use_dora or not self.load_in_4bit):
+            raise ValueError("--init_lora_weights loftq needs --load_in_4bit, and excludes --use_dora")
         for name in self.lora_target_modules:
             if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
                 raise ValueError(f"--lora_target_modules takes names of layers, which {name!r} is not")
@@ -700,6 +715,12 @@ class EvaluateConfig(AdapterFlags):
         False,
         "The answers are Python: also compute CodeBLEU (arXiv 2009.10297) with its four parts, and the share "
         "that parses.",
+        needs="--prompts_file",
+    )
+    json: bool = flag(
+        False,
+        "The answers are JSON: also the share that is, and the share with the reference's values, in any "
+        "order and spacing.",
         needs="--prompts_file",
     )
     samples: int = flag(

@@ -105,6 +105,7 @@ NUMBERS = {
     "warmup_ratio": ["-0.1", "1.1", "nan"],
     "warmup_steps": ["-1", "0.5"],
     "weight_decay": ["-0.1", "nan", "inf"],
+    "loraplus_lr_ratio": ["0", "-1", "nan"],
     "adam_beta1": ["-0.1", "1", "nan"],
     "adam_beta2": ["1", "1.5", "nan"],
     "adam_epsilon": ["0", "-1e-8", "nan", "inf"],

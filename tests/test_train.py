@@ -147,7 +147,8 @@ def rest_of_state(folder) -> dict:
         "--optim adamw_8bit --dtype float16",
         "--optim paged_adamw_32bit --group_by_length",
         "--optim adamw_torch --dtype bfloat16 --gradient_checkpointing none",
-        "--packing --max_length 40 --per_device_train_batch_size 2",
+        "--packing --max_length 40 --per_device_train_batch_size 2 --init_lora_weights loftq",
+        "--init_lora_weights eva --loraplus_lr_ratio 16",
     ],
 )
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(run, flags):
@@ -191,35 +192,35 @@ def test_a_chat_template_with_a_date_does_not_break_a_resume_after_midnight(run,
     assert date.today().strftime("Today Date: %d %b %Y") in asked
 
 
-ONE_GROUP = 'groups = [{"params": trainable, "lr_multiple": 1.0, "weight_decay": config.weight_decay}]'
+GROUPS = "groups = lora_groups(trainable, config.weight_decay, config.loraplus_lr_ratio)"
 TWO_GROUPS = """groups = [
         {"params": [pair for pair in trainable if "lora_A" in pair[0]], "lr_multiple": 1.0,
          "weight_decay": config.weight_decay},
         {"params": [pair for pair in trainable if "lora_B" in pair[0]], "lr_multiple": 4.0,
          "weight_decay": 0.0},
-    ]"""  # LoRA+ (arXiv 2402.12354)
+    ]"""
 
 
 @pytest.fixture
-def lora_plus(tmp_path):
+def two_groups(tmp_path):
     """train.py with two optimizer groups, as someone would change it."""
     source = (ROOT / "train.py").read_text()
-    assert source.count(ONE_GROUP) == 1
-    path = tmp_path / "train_lora_plus.py"
-    path.write_text(source.replace(ONE_GROUP, TWO_GROUPS))
-    spec = importlib.util.spec_from_file_location("train_lora_plus", path)
+    assert source.count(GROUPS) == 1
+    path = tmp_path / "train_two_groups.py"
+    path.write_text(source.replace(GROUPS, TWO_GROUPS))
+    spec = importlib.util.spec_from_file_location("train_two_groups", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch"])
-def test_a_run_with_two_optimizer_groups_resumes_bit_identical(run, lora_plus, monkeypatch, optim):
+def test_a_run_with_two_optimizer_groups_resumes_bit_identical(run, two_groups, monkeypatch, optim):
     flags = (
         f"--max_steps 4 --save_steps 2 --save_total_limit 0 --lora_r 64 --weight_decay 0.1 --optim {optim}"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train", lora_plus.train)
+        patch.setattr(train, "train", two_groups.train)
         _, folder = run(flags)
         want, want_state = adapter(folder), load_file(folder / "checkpoint-4" / STATE_TENSORS)
         shutil.rmtree(folder / "checkpoint-4")  # as if killed after step 2
@@ -237,7 +238,7 @@ def test_a_run_with_two_optimizer_groups_resumes_bit_identical(run, lora_plus, m
         run(flags, "--resume_from_checkpoint latest")  # by the unchanged train.py
 
 
-def test_optimizer_groups_have_their_own_learning_rate_and_weight_decay(run, lora_plus, monkeypatch):
+def test_optimizer_groups_have_their_own_learning_rate_and_weight_decay(run, two_groups, monkeypatch):
     """In its first step Adam moves each weight by the learning rate, against the sign of the gradient.
 
     B starts at 0. So does the gradient of A, which is multiplied by B: weight decay alone changes A.
@@ -246,7 +247,7 @@ def test_optimizer_groups_have_their_own_learning_rate_and_weight_decay(run, lor
         "--max_steps 1 --optim adamw_torch --warmup_ratio 0 --lr_scheduler_type constant --adam_epsilon 1e-30"
     )
     start = adapter(run(flags, "--learning_rate 1e-30", out="start")[1])
-    monkeypatch.setattr(train, "train", lora_plus.train)
+    monkeypatch.setattr(train, "train", two_groups.train)
     end = adapter(run(flags, "--learning_rate 1e-3 --weight_decay 10")[1])
     for name, weight in end.items():
         want = start[name] * (1 - 1e-3 * 10) if "lora_A" in name else torch.full_like(weight, 4e-3)
@@ -304,6 +305,10 @@ def test_an_evaluation_batch_has_no_more_tokens_than_a_training_step():
         "--warmup_ratio 0.5",
         "--warmup_steps 3",
         "--max_grad_norm 0.01",
+        "--loraplus_lr_ratio 4",
+        "--init_lora_weights gaussian",
+        "--init_lora_weights loftq",
+        "--init_lora_weights eva",
         "--lora_alpha 64",
         "--lora_dropout 0.5",
         "--use_rslora",

@@ -9,6 +9,21 @@ from bitsandbytes.optim.optimizer import Optimizer8bit  # the base class of all 
 from qlora.errors import InputError
 
 
+def lora_groups(trainable: list[tuple], weight_decay: float, loraplus_lr_ratio: float = 1.0) -> list[dict]:
+    """Groups for FlatParameters of the (name, parameter) pairs: one or, with a ratio other than 1, two.
+
+    LoRA+ (arXiv 2402.12354) trains the B matrices at `loraplus_lr_ratio` times the learning rate of the rest.
+    """
+    if loraplus_lr_ratio == 1:
+        return [{"params": trainable, "lr_multiple": 1.0, "weight_decay": weight_decay}]
+    b_matrices = [pair for pair in trainable if ".lora_B." in pair[0]]
+    others = [pair for pair in trainable if ".lora_B." not in pair[0]]
+    return [
+        {"params": others, "lr_multiple": 1.0, "weight_decay": weight_decay},
+        {"params": b_matrices, "lr_multiple": loraplus_lr_ratio, "weight_decay": weight_decay},
+    ]
+
+
 def build_optimizer(name: str, groups: list[dict], betas: tuple[float, float], epsilon: float):
     """AdamW over FlatParameters' groups. The learning rate is 0 until the loop writes one into each group.
 

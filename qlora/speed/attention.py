@@ -10,7 +10,7 @@ from transformers.masking_utils import sdpa_mask
 
 from qlora.data.batch import collate, to_device
 from qlora.errors import first_line
-from qlora.model.forward import VARLEN, hidden_states
+from qlora.model.forward import VARLEN, hidden_states, without_adapter
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -33,7 +33,7 @@ def choose_attention(model, autocast) -> str | None:
     with the model's own attention, and must not change by one bit when a neighbor changes. `autocast` makes
     the context to run in.
     """
-    causal_lm = model.get_base_model()
+    causal_lm = without_adapter(model)
     own = causal_lm.config._attn_implementation
     candidates = [own]
     if varlen_attn is not None and model.device.type == "cuda" and not _drops_attention(causal_lm.config):
