@@ -102,11 +102,12 @@ class TrainConfig(Flags):
         False, "Weight-decomposed LoRA; slower (arXiv 2402.09353).",
         excludes="--adapter, which keeps its own", resume="free", compares=("use_dora",), sets_shapes=True,
     )
-    init_lora_weights: Literal["default", "gaussian", "loftq", "eva"] = flag(
+    init_lora_weights: Literal["default", "gaussian", "loftq", "qera", "eva"] = flag(
         "default",
         "How the adapter starts; the base stays as it is. default: A uniform, B 0. gaussian: A normal, B 0. "
-        "loftq: with what quantization took from each weight (arXiv 2310.08659). eva: A from the inputs of "
-        "each layer (arXiv 2410.07170), B 0.",
+        "loftq: what quantization took from each weight, as far as the rank allows (arXiv 2310.08659). qera: "
+        "likewise, weighted by each layer's inputs (arXiv 2410.06040). eva: A from these inputs (arXiv "
+        "2410.07170), B 0; slow.",
         excludes="--adapter, which has its weights",
     )
 
@@ -427,8 +428,10 @@ class TrainConfig(Flags):
         self._check_weights()
         if self.streaming:
             self._check_streaming()
-        if self.init_lora_weights == "loftq" and (self.use_dora or not self.load_in_4bit):
-            raise ValueError("--init_lora_weights loftq needs --load_in_4bit, and excludes --use_dora")
+        if self.init_lora_weights in ("loftq", "qera") and (self.use_dora or not self.load_in_4bit):
+            raise ValueError(
+                f"--init_lora_weights {self.init_lora_weights} needs --load_in_4bit, and excludes --use_dora"
+            )
         for name in self.lora_target_modules:
             if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):
                 raise ValueError(f"--lora_target_modules takes names of layers, which {name!r} is not")

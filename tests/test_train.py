@@ -308,6 +308,7 @@ def test_an_evaluation_batch_has_no_more_tokens_than_a_training_step():
         "--loraplus_lr_ratio 4",
         "--init_lora_weights gaussian",
         "--init_lora_weights loftq",
+        "--init_lora_weights qera",
         "--init_lora_weights eva",
         "--lora_alpha 64",
         "--lora_dropout 0.5",

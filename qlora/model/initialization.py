@@ -5,6 +5,8 @@ it began. Methods that move a part of the base into the adapter (PiSSA, OLoRA) n
 the adapter depends from then on; docs/quality.md shows how to train on one, and what it brought.
 """
 
+from functools import partial
+
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import EvaConfig, initialize_lora_eva_weights
@@ -16,30 +18,35 @@ from qlora.data.tokenized import TokenizedRows
 from qlora.errors import InputError
 from qlora.model.weights import Weights, loaded_folder
 
-EVA_ROWS, EVA_BATCH = 256, 8  # EVA takes batches of these rows until its directions no longer change
+ROWS = 256  # training rows that qera and eva look at, at most
+BATCH = 8  # how many of them eva takes at a time
 
 
 def initialize_adapter(model, method: str, base_model: str, rows: TokenizedRows) -> None:
     """Replace the weights of a new adapter, in which B is 0 and A uniform, by those of the method.
 
-    `base_model` is where the base was loaded from, `rows` are training rows. Seed first: gaussian and eva
-    draw random numbers. Raises InputError if the method does not work with this base.
+    `base_model` is where the base was loaded from, `rows` are training rows. Seed first: all methods but
+    loftq draw random numbers. Raises InputError if the method does not work with this base.
     """
     if method == "gaussian":
         for layer in _lora_layers(model).values():
             layer.reset_lora_parameters("default", "gaussian")
     elif method == "loftq":
-        initialize_loftq(model, base_model)
+        approximate_lost_weights(model, base_model, {})
+    elif method == "qera":
+        approximate_lost_weights(model, base_model, input_scales(model, rows))
     elif method == "eva":
         initialize_eva(model, rows)
 
 
 @torch.no_grad()
-def initialize_loftq(model, base_model: str) -> None:
-    """Start from the best approximation, of the adapter's rank, of what quantization took from each weight.
+def approximate_lost_weights(model, base_model: str, scales: dict[str, torch.Tensor]) -> None:
+    """Let the adapter give back as much of what quantization took from each weight W as its rank allows.
 
-    One step of LoftQ (arXiv 2310.08659, algorithm 1), with the quantized weight Q as it is: scale B A is the
-    truncated SVD of W - Q. It needs the original weights, one at a time.
+    Without `scales` that is one step of LoftQ (arXiv 2310.08659, algorithm 1), with the quantized weight Q as
+    it is: scale B A is the truncated SVD of W - Q. With the root mean squares of each layer's inputs, (in,),
+    it is QERA-approx (arXiv 2410.06040, theorem 2): an error counts as much as it changes the outputs. The
+    original weights are read one at a time.
     """
     files = Weights(loaded_folder(base_model))
     for name, layer in _lora_layers(model).items():
@@ -49,22 +56,42 @@ def initialize_loftq(model, base_model: str) -> None:
         try:
             original = files.tensor(f"{name}.weight")
         except KeyError as error:
-            raise InputError(
-                f"--init_lora_weights loftq: {base_model} has no weight named {error}"
-            ) from error
+            raise InputError(f"--init_lora_weights: {base_model} has no weight named {error}") from error
         if original.shape != quantized.quant_state.shape:
-            raise InputError(
-                f"--init_lora_weights loftq needs original weights: {base_model} is already 4-bit"
-            )
+            raise InputError(f"--init_lora_weights needs original weights: {base_model} is already 4-bit")
         lost = (
             original.to(quantized.device).float() - dequantize_4bit(quantized, quantized.quant_state).float()
         )
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        left, right = _best_approximation(lost / layer.scaling["default"], len(a))
-        a[: len(right)].copy_(
-            right
-        )  # at a rank above those of W, the other rows stay random and B's columns 0
-        b[:, : len(right)].copy_(left)
+        lost /= layer.scaling["default"]
+        scale = scales.get(name, lost.new_ones(()))
+        left, right = _best_approximation(lost * scale, layer.r["default"])
+        # At a rank above those of W, the other rows of A stay random and B's columns 0.
+        layer.lora_A["default"].weight[: len(right)] = right / scale
+        layer.lora_B["default"].weight[:, : len(right)] = left
+
+
+@torch.no_grad()
+def input_scales(model, rows: TokenizedRows) -> dict[str, torch.Tensor]:
+    """The root mean square of every input (in,) of each adapted layer, over the tokens of training rows."""
+    squares, tokens = {}, {}
+
+    def add(name: str, layer: LoraLayer, inputs: tuple[torch.Tensor]) -> None:
+        values = inputs[0].flatten(0, -2).float()
+        squares[name] = squares.get(name, 0) + values.square().sum(0)
+        tokens[name] = tokens.get(name, 0) + len(values)
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(add, name)) for name, layer in _lora_layers(model).items()
+    ]
+    was_training = model.training
+    model.eval()
+    for ids, _ in _draw(rows):
+        model(input_ids=ids[None].to(model.device), use_cache=False)
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    # An input that is always 0 would make A infinite.
+    return {name: (total / tokens[name]).sqrt().clamp(min=1e-6) for name, total in squares.items()}
 
 
 def initialize_eva(model, rows: TokenizedRows) -> None:
@@ -72,12 +99,10 @@ def initialize_eva(model, rows: TokenizedRows) -> None:
 
     The ranks stay as they are: EVA's redistribution is off.
     """
-    chosen = torch.randperm(len(rows))[:EVA_ROWS].tolist()
-    batches = [
-        _padded(rows.fetch(chosen[i : i + EVA_BATCH]), model.device) for i in range(0, len(chosen), EVA_BATCH)
-    ]
     config = model.peft_config["default"]
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
+    drawn = _draw(rows)
+    batches = [_padded(drawn[start : start + BATCH], model.device) for start in range(0, len(drawn), BATCH)]
     initialize_lora_eva_weights(model, batches, show_progress_bar=False)
     config.init_lora_weights, config.eva_config = True, None  # who loads the adapter has no rows to repeat it
 
@@ -93,6 +118,11 @@ def _best_approximation(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, 
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     roots = values[:rank].sqrt()
     return left[:, :rank] * roots, roots[:, None] * right[:rank]
+
+
+def _draw(rows: TokenizedRows) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """ROWS rows of (input_ids, labels), drawn at random."""
+    return rows.fetch(torch.randperm(len(rows))[:ROWS].tolist())
 
 
 def _padded(rows: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:

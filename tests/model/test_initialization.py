@@ -63,6 +63,29 @@ def test_loftq_wins_back_as_much_of_each_weight_as_its_rank_allows(base, rows):
         assert smallest < 0.95 * lost.norm().item()
 
 
+def test_qera_loses_less_than_loftq_where_the_inputs_are_large(base, rows):
+    """Its theorem 2 takes a layer's inputs as uncorrelated: an error then counts by their mean squares."""
+    model = new_adapter(base, "qera", rows)
+    layer = model.get_base_model().get_submodule(LAYER)
+    inputs = []
+    layer.register_forward_hook(lambda module, args, output: inputs.append(args[0].detach()[0]))
+    model.get_base_model().eval()
+    with model.disable_adapter():
+        for number in range(len(rows)):
+            model(input_ids=rows[number][0][None])
+    scale = torch.cat(inputs).square().mean(0).sqrt()
+    weight = layer.base_layer.weight
+    lost = load_file(f"{base}/model.safetensors")[f"{LAYER}.weight"] - dequantize_4bit(
+        weight, weight.quant_state
+    )
+    rest = {}
+    for method, (a, b) in (("qera", factors(model)), ("loftq", factors(new_adapter(base, "loftq", rows)))):
+        rest[method] = ((lost - ALPHA / R * b @ a) * scale).norm().item()
+    smallest = torch.linalg.svdvals((lost * scale).double())[R:].square().sum().sqrt().item()  # Eckart-Young
+    assert rest["qera"] == pytest.approx(smallest, rel=1e-4)
+    assert rest["loftq"] > 1.001 * smallest
+
+
 def test_eva_spans_the_directions_in_which_the_inputs_vary(base, rows):
     model = new_adapter(base, "eva", rows)
     inputs = []
@@ -83,7 +106,7 @@ def test_eva_spans_the_directions_in_which_the_inputs_vary(base, rows):
     assert (centered @ random).square().sum() < 0.5 * best
 
 
-@pytest.mark.parametrize("method", ["gaussian", "loftq", "eva"])
+@pytest.mark.parametrize("method", ["gaussian", "loftq", "qera", "eva"])
 def test_the_adapter_loads_as_any_other(base, rows, tmp_path, method):
     model = new_adapter(base, method, rows)
     save_adapter(tmp_path, model, load_tokenizer(base), {})
@@ -95,5 +118,5 @@ def test_the_adapter_loads_as_any_other(base, rows, tmp_path, method):
 
 def test_loftq_needs_the_original_weights(base, rows, tmp_path):
     load_base(base, torch.float32, torch.device("cpu")).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"loftq needs original weights: .* is already 4-bit"):
+    with pytest.raises(InputError, match=r"--init_lora_weights needs original weights: .* is already 4-bit"):
         new_adapter(str(tmp_path), "loftq", rows)
