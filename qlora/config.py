@@ -106,7 +106,7 @@ class TrainConfig(Flags):
         "default",
         "How the adapter starts; the base stays as it is. default: A uniform, B 0. gaussian: A normal, B 0. "
         "loftq: what quantization took from each weight, as far as the rank allows (arXiv 2310.08659). qera: "
-        "likewise, weighted by each layer's inputs (arXiv 2410.06040). eva: A from these inputs (arXiv "
+        "likewise, but of each layer's outputs (arXiv 2410.06040). eva: A from these inputs (arXiv "
         "2410.07170), B 0; slow.",
         excludes="--adapter, which has its weights",
     )

@@ -20,6 +20,8 @@ from qlora.model.weights import Weights, loaded_folder
 
 ROWS = 256  # training rows that qera and eva look at, at most
 BATCH = 8  # how many of them eva takes at a time
+MOMENTS_BYTES = 2**31  # of second moments that qera holds at a time; each time it reads the rows again
+DAMPING = 1e-4  # added to their diagonal, relative to its mean: some directions may not occur in the rows
 
 
 def initialize_adapter(model, method: str, base_model: str, rows: TokenizedRows) -> None:
@@ -32,66 +34,69 @@ def initialize_adapter(model, method: str, base_model: str, rows: TokenizedRows)
         for layer in _lora_layers(model).values():
             layer.reset_lora_parameters("default", "gaussian")
     elif method == "loftq":
-        approximate_lost_weights(model, base_model, {})
+        restore_lost_weights(model, base_model)
     elif method == "qera":
-        approximate_lost_weights(model, base_model, input_scales(model, rows))
+        drawn = _draw(rows)
+        for names in _groups(model):
+            restore_lost_weights(model, base_model, second_moments(model, names, drawn))
     elif method == "eva":
         initialize_eva(model, rows)
 
 
 @torch.no_grad()
-def approximate_lost_weights(model, base_model: str, scales: dict[str, torch.Tensor]) -> None:
+def restore_lost_weights(model, base_model: str, moments: dict[str, torch.Tensor] | None = None) -> None:
     """Let the adapter give back as much of what quantization took from each weight W as its rank allows.
 
-    Without `scales` that is one step of LoftQ (arXiv 2310.08659, algorithm 1), with the quantized weight Q as
-    it is: scale B A is the truncated SVD of W - Q. With the root mean squares of each layer's inputs, (in,),
-    it is QERA-approx (arXiv 2410.06040, theorem 2): an error counts as much as it changes the outputs. The
-    original weights are read one at a time.
+    Without `moments` that is one step of LoftQ (arXiv 2310.08659, algorithm 1), with the quantized weight Q
+    as it is: scale B A is the truncated SVD of W - Q. With the second moments of a layer's inputs x it is
+    QERA (arXiv 2410.06040, theorem 1): of all matrices of that rank, scale B A minimizes the mean square of
+    (W - Q - scale B A) x. Only the layers named there are set. The original weights are read one at a time.
     """
     files = Weights(loaded_folder(base_model))
     for name, layer in _lora_layers(model).items():
-        if not isinstance(layer, Linear4bit):
-            continue  # not quantized: nothing was lost
+        if not isinstance(layer, Linear4bit) or (moments is not None and name not in moments):
+            continue  # what is not quantized has lost nothing
         quantized = layer.get_base_layer().weight
         try:
-            original = files.tensor(f"{name}.weight")
+            original = files.tensor(f"{name}.weight").to(quantized.device)
         except KeyError as error:
             raise InputError(f"--init_lora_weights: {base_model} has no weight named {error}") from error
         if original.shape != quantized.quant_state.shape:
             raise InputError(f"--init_lora_weights needs original weights: {base_model} is already 4-bit")
-        lost = (
-            original.to(quantized.device).float() - dequantize_4bit(quantized, quantized.quant_state).float()
-        )
+        lost = original.float() - dequantize_4bit(quantized, quantized.quant_state).float()
         lost /= layer.scaling["default"]
-        scale = scales.get(name, lost.new_ones(()))
-        left, right = _best_approximation(lost * scale, layer.r["default"])
+        if moments is None:
+            b, a = best_approximation(lost, layer.r["default"])
+        else:
+            factor = _cholesky(moments[name])  # |M factor| is the root mean square of M x
+            b, a = best_approximation(lost @ factor, layer.r["default"])
+            a = torch.linalg.solve_triangular(factor, a, upper=False, left=False)
         # At a rank above those of W, the other rows of A stay random and B's columns 0.
-        layer.lora_A["default"].weight[: len(right)] = right / scale
-        layer.lora_B["default"].weight[:, : len(right)] = left
+        layer.lora_A["default"].weight[: len(a)] = a
+        layer.lora_B["default"].weight[:, : len(a)] = b
 
 
 @torch.no_grad()
-def input_scales(model, rows: TokenizedRows) -> dict[str, torch.Tensor]:
-    """The root mean square of every input (in,) of each adapted layer, over the tokens of training rows."""
-    squares, tokens = {}, {}
+def second_moments(model, names: set[str], rows: list[tuple]) -> dict[str, torch.Tensor]:
+    """E[x x^T], (in, in), of the inputs x of these layers in the base, over the tokens of rows."""
+    sums, tokens = {}, {}
 
     def add(name: str, layer: LoraLayer, inputs: tuple[torch.Tensor]) -> None:
-        values = inputs[0].flatten(0, -2).float()
-        squares[name] = squares.get(name, 0) + values.square().sum(0)
-        tokens[name] = tokens.get(name, 0) + len(values)
+        x = inputs[0].flatten(0, -2).float()
+        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+        tokens[name] = tokens.get(name, 0) + len(x)
 
-    hooks = [
-        layer.register_forward_pre_hook(partial(add, name)) for name, layer in _lora_layers(model).items()
-    ]
+    layers = {name: layer for name, layer in _lora_layers(model).items() if name in names}
+    hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
     was_training = model.training
     model.eval()
-    for ids, _ in _draw(rows):
-        model(input_ids=ids[None].to(model.device), use_cache=False)
+    with model.disable_adapter():  # it may already give back a part of other layers
+        for ids, _ in rows:
+            model(input_ids=ids[None].to(model.device), use_cache=False)
     model.train(was_training)
     for hook in hooks:
         hook.remove()
-    # An input that is always 0 would make A infinite.
-    return {name: (total / tokens[name]).sqrt().clamp(min=1e-6) for name, total in squares.items()}
+    return {name: total / tokens[name] for name, total in sums.items()}
 
 
 def initialize_eva(model, rows: TokenizedRows) -> None:
@@ -113,11 +118,36 @@ def _lora_layers(model) -> dict[str, LoraLayer]:
     return {name: module for name, module in modules if isinstance(module, LoraLayer)}
 
 
-def _best_approximation(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors (out, rank) and (rank, in) of the nearest matrix of that rank, of equal norms."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    roots = values[:rank].sqrt()
-    return left[:, :rank] * roots, roots[:, None] * right[:rank]
+def _groups(model) -> list[set[str]]:
+    """The adapted layers, as many at a time as the second moments of their inputs fit in MOMENTS_BYTES."""
+    groups, room = [], 0
+    for name, layer in _lora_layers(model).items():
+        size = 4 * layer.in_features**2
+        if size > room or not groups:
+            groups.append(set())
+            room = MOMENTS_BYTES
+        groups[-1].add(name)
+        room -= size
+    return groups
+
+
+def best_approximation(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors (out, rank) and (rank, in) of the nearest matrix of that rank, of equal norms.
+
+    The singular vectors are eigenvectors of the smaller Gram matrix: on a GPU, many times as fast as an SVD.
+    """
+    if len(matrix) > matrix.shape[1]:
+        right, left = best_approximation(matrix.T, rank)
+        return left.T, right.T
+    vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]  # those of the largest values
+    right = vectors.T @ matrix
+    roots = right.norm(dim=1).sqrt().clamp(min=1e-12)  # of the singular values
+    return vectors * roots, right / roots[:, None]
+
+
+def _cholesky(moments: torch.Tensor) -> torch.Tensor:
+    damping = DAMPING * moments.diagonal().mean()
+    return torch.linalg.cholesky(moments + damping * torch.eye(len(moments), device=moments.device))
 
 
 def _draw(rows: TokenizedRows) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -37,6 +37,7 @@ def test_equal_json_may_be_written_in_another_way():
     answers = [reference, '```json\n{"b": null, "a": 1.0}\n```', '{"a": 2, "b": null}', '{"a": 1', "1", ""]
     scores = score(answers, [reference] * 6, is_json=True)
     assert scores == {"exact_match": 1 / 6, "is_json": 3 / 6, "equal_json": 2 / 6}
+    assert score(["no"], ["nor this"], is_json=True) == {"exact_match": 0, "is_json": 0, "equal_json": 0}
 
 
 def test_without_codebleu_the_error_says_what_to_install(monkeypatch):
