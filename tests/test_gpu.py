@@ -9,7 +9,6 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from demo.make_base import make_base
 from qlora.data.batch import collate, to_device
 from qlora.model.adapter import ADAPTER
 from qlora.model.forward import VARLEN, hidden_states
@@ -17,6 +16,7 @@ from qlora.model.loss import target_logprobs
 from qlora.optim.optimizer import build_optimizer, optimizer_tensors, restore_optimizer
 from qlora.speed.attention import choose_attention
 from tests.conftest import TEXTS
+from tests.tiny_llama import make_base
 
 pytestmark = pytest.mark.gpu
 

@@ -32,16 +32,16 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_DATASETS_CACHE"] = CACHE.name
 ROOT = Path(__file__).parent.parent
-ROWS = ROOT / "demo" / "rows.jsonl"
+ROWS = ROOT / "tests" / "rows.jsonl"
 sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from demo.make_base import make_base  # noqa: E402
 from qlora.model.adapter import ADAPTER  # noqa: E402
 from qlora.run.checkpoint import STATE, STATE_TENSORS, list_checkpoints  # noqa: E402
 from qlora.run.files import damage  # noqa: E402
+from tests.tiny_llama import make_base  # noqa: E402
 
 # Forked processes share tqdm's own lock: one that is killed while holding it would block all others.
 tqdm.set_lock(threading.RLock())
