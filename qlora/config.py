@@ -1,4 +1,4 @@
-"""Every flag of train.py, generate.py, qlora.evaluate and qlora.merge: name, type, default, help, limits.
+"""Every flag of train.py, generate.py and the commands in qlora/: name, type, default, help, limits.
 
 flags.flag() explains what is declared with each.
 """
@@ -830,6 +830,37 @@ class MergeConfig(AdapterFlags):
     def formatting(self) -> Formatting:
         """How the rows of --dataset become text."""
         return Formatting(self.dataset_format, self.dataset_text_field, completion_only_loss=False)
+
+
+@dataclass
+class ExportConfig(Flags):
+    model: str = flag(
+        ..., "Model to export: the folder of a merged model, or any unquantized one (folder or hub id).",
+    )
+    gguf: Literal["f16", "q8_0", "f32"] = flag(
+        ..., "Weights in the GGUF file: 16 bits, 8.5 bits (blocks of 32 with a common scale), or 32 bits.",
+    )
+    output_file: str | None = flag(
+        None,
+        "The GGUF file; it must not exist. Default: NAME-f16.gguf in the model's folder. The Modelfile for "
+        "Ollama goes next to it.",
+    )
+    dataset_format: RowFormat = flag(
+        "auto",
+        "How the Modelfile writes a prompt. auto: as in the training; if that is unknown, with the chat "
+        "template, or as plain text without one.",
+    )
+    max_kl: float = flag(
+        0.01,
+        "Refuse a file with which llama.cpp differs by more than this from the model: mean KL divergence, in "
+        "nats per token, on a short text. Measured if llama-cpp-python is installed.",
+        limit=NON_NEGATIVE,
+    )
+    dtype: ComputeType = flag(
+        "float32",
+        "Compute type of the model it is compared with. The 16-bit types need half the memory, but their own "
+        "rounding is measured too.",
+    )
 
 
 # fmt: on

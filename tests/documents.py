@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from qlora.config import EvaluateConfig, GenerateConfig, MergeConfig, TrainConfig
+from qlora.config import EvaluateConfig, ExportConfig, GenerateConfig, MergeConfig, TrainConfig
 from qlora.flags import parse_args
 from qlora.log import comparison_parser
 from tests.conftest import ROOT
@@ -15,7 +15,7 @@ README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 CONFIGS = {
     "train.py": TrainConfig, "generate.py": GenerateConfig, "qlora.evaluate": EvaluateConfig,
-    "qlora.merge": MergeConfig,
+    "qlora.merge": MergeConfig, "qlora.export": ExportConfig,
 }  # fmt: skip
 PYTHON = ".venv/bin/python"
 # Programs that a bash block may call. Each is replaced by a stub that only writes down its arguments.

@@ -34,8 +34,8 @@ dashes (`--max_length`, `--max-length`), but in full. A switch needs no value: `
 that only the data or the model can show is one line and exit code 1, before the training begins.
 
 [train.py](#trainpy), [generate.py](#generatepy), [qlora.evaluate](#qloraevaluate),
-[qlora.merge](#qloramerge). `python -m qlora.log RUN ...` takes the output folders of runs, and
-`--output FILE` for the picture (default: compare.png).
+[qlora.merge](#qloramerge), [qlora.export](#qloraexport). `python -m qlora.log RUN ...` takes the output
+folders of runs, and `--output FILE` for the picture (default: compare.png).
 """
 ABOUT = {
     "train.py": """\
@@ -58,6 +58,9 @@ Run it as `python -m qlora.evaluate`.
 """,
     "qlora.merge": """\
 Run it as `python -m qlora.merge`.
+""",
+    "qlora.export": """\
+Run it as `python -m qlora.export`. It needs `pip install -r requirements-gguf.txt`.
 """,
 }
 

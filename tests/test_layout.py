@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = ["errors", "data", "model", "optim", "speed", "run", "evaluation"]  # lowest first
 # The command line, above all rooms.
-COMMANDS = {"flags", "config", "commands", "evaluate", "merge", "log"}
+COMMANDS = {"flags", "config", "commands", "evaluate", "merge", "export", "log"}
 
 
 def imported_modules(path: Path) -> set[str]:

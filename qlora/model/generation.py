@@ -10,7 +10,7 @@ from tqdm import tqdm
 from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
 from qlora.data.formats import chat_segments, prompt_segments, starts_with_bos
 from qlora.data.formatting import Formatting
-from qlora.data.segments import DropRow, Segment, encode
+from qlora.data.segments import DropRow, Segment, adds_bos_itself, encode
 from qlora.data.sources import read_rows
 from qlora.data.tokenized import check_token_id
 from qlora.errors import InputError
@@ -48,12 +48,22 @@ class PromptWriter:
         """Whether a prompt contains the earlier turns of a chat."""
         return self.row_format not in ("alpaca", "prompt_completion")
 
+    def needs_added_bos(self) -> bool:
+        """Whether a program that tokenizes chat_text() has to put a BOS in front of it."""
+        begins_with_bos = self.chat([{"role": "user", "content": "a"}])[0] == self.tokenizer.bos_token_id
+        return begins_with_bos and adds_bos_itself(self.tokenizer)
+
     def chat(self, messages: list[dict]) -> list[int]:
         """The prompt for the next answer in a chat of {"role", "content"} turns."""
         try:
             return self._encode(chat_segments(messages, self.formatting, self.tokenizer), "the prompt")
         except DropRow as reason:
             raise InputError(f"the prompt cannot be written as {self.row_format}: {reason}") from reason
+
+    def chat_text(self, messages: list[dict]) -> str:
+        """The same as text, without the BOS that needs_added_bos() speaks of. Raises DropRow."""
+        text = "".join(text for text, _ in chat_segments(messages, self.formatting, self.tokenizer))
+        return text.removeprefix(self.tokenizer.bos_token or "") if self.needs_added_bos() else text
 
     def row(self, row: dict, where: str) -> list[int]:
         """The prompt of a data row, without the row's answer."""

@@ -52,6 +52,10 @@ class Weights:
         """Raises KeyError if no tensor has that name."""
         return self.files[name].get_tensor(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return tuple(self.files[name].get_slice(name).get_shape())
+
     def count_parameters(self) -> int:
         """The number of weights in all tensors."""
         shapes = (torch.Size(file.get_slice(name).get_shape()) for name, file in self.files.items())
