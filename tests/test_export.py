@@ -34,7 +34,12 @@ from qlora.errors import InputError
 from qlora.merge import SAMPLE_TEXTS
 from qlora.model.adapter import ADAPTER, SETTINGS
 from qlora.model.generation import PromptWriter
-from qlora.model.gguf_tokenizer import check_sentencepiece, pre_tokenizer_name, read_vocabulary
+from qlora.model.gguf_tokenizer import (
+    check_sentencepiece,
+    pre_tokenizer_name,
+    read_vocabulary,
+    token_scores,
+)
 from qlora.model.ollama import go_template, read_chat_texts
 
 HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 4, 2, 16, 448
@@ -154,7 +159,11 @@ def test_the_files_metadata_are_the_models(model_folder):
 
 def test_tied_embeddings_are_written_once(model_folder):
     folder = model_folder(tie_word_embeddings=True)
-    assert "output.weight" not in tensors(exported(folder))
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()  # as some files have it
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    found = tensors(exported(folder))
+    assert "token_embd.weight" in found and "output.weight" not in found
 
 
 def test_qwen2_keeps_the_order_of_its_rows(model_folder):
@@ -211,6 +220,19 @@ def test_the_scores_give_the_tokens_of_the_merges(model_folder, session_tokenize
     assert kinds[:3] == [2, 3, 3] and set(kinds[3:259]) == {6}  # unknown, control; bytes
     assert tokens[3] == "<0x00>" and tokens[-1] == f"[PAD{VOCABULARY - 1}]" and kinds[-1] == 5  # unused
     assert kinds[tokens.index("▁")] == 1
+
+
+def test_the_earlier_merge_has_the_higher_score():
+    """With equal scores, "ab" would be merged first: it stands further left."""
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "c", "ab", "bc"]
+    bpe = models.BPE({token: number for number, token in enumerate(tokens)}, [("b", "c"), ("a", "b")],
+                     byte_fallback=True, unk_token="<unk>")  # fmt: skip
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    vocabulary = read_vocabulary(whole, len(tokens), False, [1])
+    assert whole.tokenize("abc") == ["a", "bc"] and not vocabulary.starts_with_space
+    assert merge_by_score("abc", vocabulary.tokens, token_scores(vocabulary)) == ["a", "bc"]
 
 
 def test_merges_that_scores_cannot_give_are_refused(session_tokenizer):

@@ -92,7 +92,7 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     if vocabulary.model == "llama":
-        writer.add_token_scores(_scores(vocabulary))
+        writer.add_token_scores(token_scores(vocabulary))
         writer.add_add_space_prefix(vocabulary.starts_with_space)
     else:
         writer.add_token_merges([" ".join(merge) for merge in vocabulary.merges])
@@ -174,7 +174,7 @@ def check_sentencepiece(definition: dict, merges: list[tuple[str, str]]) -> None
         raise InputError(f"no scores give the order of this tokenizer's merges: {CONVERTER}")
 
 
-def _scores(vocabulary: Vocabulary) -> list[float]:
+def token_scores(vocabulary: Vocabulary) -> list[float]:
     """Minus each token's place in the list: llama.cpp merges into the token with the highest score first."""
     joined = dict.fromkeys(left + right for left, right in vocabulary.merges)
     scores = {token: -float(place) for place, token in enumerate(joined, 1)}
