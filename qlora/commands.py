@@ -1,5 +1,6 @@
 """Shared by the commands that use a trained adapter: the training's settings as defaults, and the base."""
 
+import gc
 import sys
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,18 @@ def choose_device(dtype: torch.dtype) -> tuple[torch.device, partial]:
     """(device, function that returns a new autocast context in `dtype`)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return device, partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def check_has_original(model: str, model_config) -> None:
+    """Raise InputError if the weights from before quantization, for --base original, are not there."""
+    if getattr(model_config, "quantization_config", None) is not None:
+        raise InputError(f"--base original: {model} is itself quantized, so there are no original weights")
+
+
+def free_memory() -> None:
+    """Give back what deleted models held, before the next one is loaded."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def load_base_for(config: AdapterFlags, load_in_4bit: bool):

@@ -658,6 +658,13 @@ class GenerateConfig(AdapterFlags):
 @dataclass
 class EvaluateConfig(AdapterFlags):
     model: str | None = flag(None, "Base model: the one the adapter was trained on, or any other.")
+    base: Literal["dequantized", "original"] = flag(
+        "dequantized",
+        "original: also measure the adapter on the weights from before quantization, in a third column. "
+        "vLLM and PEFT put it there unless told otherwise. dequantized: on the 4-bit weights alone, on which "
+        "it was trained.",
+        needs="--adapter",
+    )
 
     # Loss
     dataset: str | None = flag(
@@ -759,6 +766,11 @@ class EvaluateConfig(AdapterFlags):
         elif self.validation_split and not (self.held_out or 0) > 0:
             raise ValueError(
                 f"--validation_split must be a share or a number of rows, not {self.validation_split}"
+            )
+        if self.base == "original" and not self.load_in_4bit:
+            raise ValueError(
+                "--base original: the base is not quantized (--no_load_in_4bit, as in the adapter's training "
+                "unless given), so the adapter is measured on the original weights anyway: leave --base out"
             )
         has_work = self.dataset or self.general_dataset or self.prompts_file
         if not self.quantization and not (self.model and has_work):

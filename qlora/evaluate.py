@@ -1,8 +1,8 @@
 """Evaluate an adapter: python -m qlora.evaluate --model BASE --adapter outputs --dataset rows.jsonl
 
 Compares the base with and without the adapter, loading it once: loss and perplexity, forgetting, answers and
-their scores. With --quantization MODEL instead: the error of 4-bit quantization in each layer. Flags:
-EvaluateConfig in qlora/config.py.
+their scores. With --base original also the adapter on the 16-bit base. With --quantization MODEL instead: the
+error of 4-bit quantization in each layer. Flags: EvaluateConfig in qlora/config.py.
 """
 
 import json
@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from qlora.commands import choose_device, load_base_for, parse_for_adapter
+from qlora.commands import check_has_original, choose_device, free_memory, load_base_for, parse_for_adapter
 from qlora.config import EvaluateConfig
 from qlora.data.formats import ends_in_answer, row_segments, starts_with_bos
 from qlora.data.formatting import Formatting
@@ -40,6 +41,8 @@ from qlora.run.screen import side_by_side, table
 from qlora.run.terminal import command
 
 PROGRAM = "qlora.evaluate"
+# What is measured, and how it is called in the table.
+COLUMNS = {"base": "base", "tuned": "tuned", "tuned_16_bit_base": "tuned, 16-bit base"}
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,15 @@ def save(report: dict, output_file: Path) -> None:
 def evaluate(config: EvaluateConfig) -> dict:
     """All results for JSON. Raises InputError.
 
-    {"base": {name: value}, "tuned": ..., "answers": [...], "rows": {flag: what became of its rows}}
+    {"base": {name: value}, "tuned": ..., "tuned_16_bit_base": ..., "answers": [...],
+    "rows": {flag: what became of its rows}}
     """
     # Rows and prompts before the model: an invalid row should not cost the minutes that loading takes.
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code, config.chat_template)
-    model_config = load_config(config.model, config.trust_remote_code).get_text_config()
+    model_config = load_config(config.model, config.trust_remote_code)
+    if config.base == "original":
+        check_has_original(config.model, model_config)
+    model_config = model_config.get_text_config()
     rows, counts, tasks = {}, {}, []
     if config.dataset:
         rows["loss"], counts["dataset"] = dataset_rows(config, tokenizer, model_config)
@@ -103,27 +110,41 @@ def evaluate(config: EvaluateConfig) -> dict:
     if config.code:
         import_codebleu()  # fails here if it is not installed
 
-    _, autocast = choose_device(getattr(torch, config.dtype))
-    model = load_base_for(config, config.load_in_4bit)
     report = {"model": config.model, "adapter": config.adapter, "rows": counts}
     answers = [{"prompt": task.prompt, "reference": task.reference} for task in tasks]
-    for name in ("base", "tuned") if config.adapter else ("base",):
-        if name == "tuned":
-            model = load_adapter(model, config.adapter, is_trainable=False)
-        report[name] = {}
-        for loss_name, some_rows in rows.items():
-            pad_id, batch_size = tokenizer.eos_token_id, config.per_device_eval_batch_size
-            loss = mean_loss(model, some_rows, batch_size, pad_id, autocast, f"{name}: loss")
-            report[name] |= loss_values(loss_name, loss)
-        if tasks:
-            texts = answer_tasks(
-                model, tokenizer, tasks, autocast, config.batch_size, config.max_new_tokens,
-                description=f"{name}: answers",
-            )  # fmt: skip
-            report[name] |= score(texts, [task.reference for task in tasks], config.code, config.json)
-            for answer, text in zip(answers, texts):
-                answer[name] = text
+    measure_into = partial(measure, config, tokenizer, rows, tasks, answers)
+    model = load_base_for(config, config.load_in_4bit)
+    report["base"] = measure_into(model, "base")
+    if config.adapter:
+        model = load_adapter(model, config.adapter, is_trainable=False)
+        report["tuned"] = measure_into(model, "tuned")
+    if config.base == "original":
+        del model  # makes room for the next one
+        free_memory()
+        model = load_adapter(load_base_for(config, load_in_4bit=False), config.adapter, is_trainable=False)
+        report["tuned_16_bit_base"] = measure_into(model, "tuned_16_bit_base")
     return report | {"answers": answers}
+
+
+def measure(
+    config: EvaluateConfig, tokenizer, rows: dict, tasks: list[Task], answers: list[dict], model, column: str
+) -> dict[str, float | None]:
+    """The losses on `rows` and the scores of the model's answers, which go to `answers` under `column`."""
+    _, autocast = choose_device(getattr(torch, config.dtype))
+    values, name = {}, COLUMNS[column]
+    for loss_name, some_rows in rows.items():
+        pad_id, batch_size = tokenizer.eos_token_id, config.per_device_eval_batch_size
+        loss = mean_loss(model, some_rows, batch_size, pad_id, autocast, f"{name}: loss")
+        values |= loss_values(loss_name, loss)
+    if tasks:
+        texts = answer_tasks(
+            model, tokenizer, tasks, autocast, config.batch_size, config.max_new_tokens,
+            description=f"{name}: answers",
+        )  # fmt: skip
+        values |= score(texts, [task.reference for task in tasks], config.code, config.json)
+        for answer, text in zip(answers, texts):
+            answer[column] = text
+    return values
 
 
 def dataset_rows(config: EvaluateConfig, tokenizer, model_config) -> tuple[TokenizedRows, dict]:
@@ -251,10 +272,10 @@ def answer_tasks(
 
 
 def describe(report: dict) -> str:
-    """What became of the rows, and a table of the values for the base and the tuned model."""
+    """What became of the rows, and a table of the values, a column for each model."""
     lines = [f"--{flag}: {describe_counts(counts)}" for flag, counts in report.get("rows", {}).items()]
-    columns = [name for name in ("base", "tuned") if name in report]
-    rows = [["", *columns]]
+    columns = [name for name in COLUMNS if name in report]
+    rows = [["", *(COLUMNS[name] for name in columns)]]
     for value_name in report["base"]:
         style = ".4f" if "loss" in value_name or "perplexity" in value_name else ".1%"
         values = [report[column][value_name] for column in columns]

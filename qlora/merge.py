@@ -5,7 +5,6 @@ folder gets its name only if they agree. Flags: MergeConfig in qlora/config.py.
 """
 
 import copy
-import gc
 import json
 import os
 import tempfile
@@ -18,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from qlora.commands import choose_device, load_base_for, parse_for_adapter
+from qlora.commands import check_has_original, choose_device, free_memory, load_base_for, parse_for_adapter
 from qlora.config import CARD_FLAGS, MergeConfig
 from qlora.data.prepare import cut_rows, tokenize_source
 from qlora.data.sources import RowSource
@@ -65,10 +64,8 @@ def merge(config: MergeConfig) -> None:
     model_config = load_config(config.model, config.trust_remote_code)
     # With --no_load_in_4bit the adapter was trained on the original weights anyway.
     is_other_base = config.base == "original" and config.load_in_4bit
-    if is_other_base and getattr(model_config, "quantization_config", None) is not None:
-        raise InputError(
-            f"--base original: {config.model} is itself quantized, so there are no original weights"
-        )
+    if is_other_base:
+        check_has_original(config.model, model_config)
     tokenizer = load_tokenizer(config.model, config.adapter, config.trust_remote_code)
     rows = sample_rows(config, tokenizer, model_config.get_text_config())
     dtype = getattr(torch, config.dtype)
@@ -119,11 +116,6 @@ def check_is_free(folder: Path) -> None:
 def load_with_adapter(config: MergeConfig, load_in_4bit: bool):
     """The adapter on its base; raises InputError."""
     return load_adapter(load_base_for(config, load_in_4bit), config.adapter, is_trainable=False).eval()
-
-
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def sample_rows(config: MergeConfig, tokenizer, model_config) -> list[torch.Tensor]:

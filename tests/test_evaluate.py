@@ -4,8 +4,10 @@ import hashlib
 import io
 import json
 import math
+import re
 import shutil
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from qlora import evaluate
+from qlora.commands import load_base_for
 from qlora.data.formatting import Formatting
 from qlora.data.segments import DropRow
-from qlora.model.base import load_tokenizer
+from qlora.model.base import load_base, load_tokenizer
 from tests.conftest import ROWS
 from tests.data.chat_templates import use_template
 from tests.test_train import metrics
@@ -164,6 +167,63 @@ def test_the_base_is_the_model_without_its_adapter(base, adapter, rows_file, run
     both, _ = run_evaluate("--model", base, "--adapter", adapter[1], *flags)
     assert "tuned" not in alone
     assert both["base"]["loss"] == pytest.approx(alone["base"]["loss"], rel=1e-6)
+
+
+def test_the_adapter_is_measured_on_the_16_bit_base_in_a_third_column(
+    base, run, rows_file, tmp_path, run_evaluate, monkeypatch
+):
+    _, folder = run("--max_steps 8 --learning_rate 1e-2 --lora_target_modules all-linear")
+    (tmp_path / "general.txt").write_text("brown boat red house")
+    argv = "--model", base, "--adapter", folder, "--general_dataset", tmp_path / "general.txt"
+    argv = *argv, "--prompts_file", rows_file, "--max_new_tokens", 5, "--dataset", rows_file
+    loaded = []
+    monkeypatch.setattr(
+        evaluate, "load_base_for", lambda *given, **options: load_once(loaded, *given, **options)
+    )
+    report, output = run_evaluate(*argv, "--base", "original")
+    assert len(loaded) == 2
+    alone, _ = run_evaluate(*argv, "--no_load_in_4bit")
+    as_trained, _ = run_evaluate(*argv)
+    assert report["tuned_16_bit_base"] == alone["tuned"]
+    assert report["tuned"] == as_trained["tuned"] and report["base"] == as_trained["base"]
+    assert set(report["tuned"]) == set(report["tuned_16_bit_base"])
+    assert report["tuned"]["loss"] != report["tuned_16_bit_base"]["loss"]
+    want = [answer["tuned"] for answer in alone["answers"]]
+    assert [answer["tuned_16_bit_base"] for answer in report["answers"]] == want
+    lines = output.splitlines()
+    assert [line for line in lines if re.fullmatch(r" +base +tuned +tuned, 16-bit base", line)]
+    (row,) = [line for line in lines if line.startswith("loss ")]
+    columns = (report[name]["loss"] for name in ("base", "tuned", "tuned_16_bit_base"))
+    assert row.split()[1:] == [f"{loss:.4f}" for loss in columns]
+    assert not [name for name in as_trained if "16" in name]
+
+
+def load_once(loaded: list, *given, **options):
+    """The base; fails if one that was loaded before is still in memory."""
+    assert not [model for model in loaded if model() is not None]
+    model = load_base_for(*given, **options)
+    loaded.append(weakref.ref(model))
+    return model
+
+
+def test_an_original_base_that_is_not_there_is_refused_before_anything_is_loaded(
+    run, base, rows_file, tmp_path, monkeypatch, capsys
+):
+    load_base(base, torch.float32, torch.device("cpu")).save_pretrained(tmp_path / "stored")
+    load_tokenizer(base).save_pretrained(tmp_path / "stored")
+    _, folder = run("--max_steps 1")
+    _, in_16_bits = run("--max_steps 1 --no_load_in_4bit", out="other")
+    monkeypatch.setattr("qlora.commands.load_base", lambda *_: pytest.fail("loaded"))
+    argv = ["--dataset", rows_file, "--base", "original", "--model"]
+    with pytest.raises(SystemExit, match=r"--base original: .*stored is itself quantized"):
+        evaluate.main([*argv, str(tmp_path / "stored"), "--adapter", str(folder)])
+    for flags, message in (
+        ([], "--base needs --adapter"),
+        (["--adapter", str(in_16_bits)], "--base original: the base is not quantized"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([*argv, base, *flags])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_forgetting_is_measured_as_the_loss_on_a_general_text(base, adapter, tmp_path, run_evaluate):
