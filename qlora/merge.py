@@ -27,6 +27,7 @@ from qlora.evaluation.divergence import Difference, Prediction, measure_differen
 from qlora.model.adapter import BASE, SETTINGS, load_adapter, load_settings
 from qlora.model.base import load_config, load_tokenizer
 from qlora.model.merging import base_parameters, check_mergeable, check_names, merged_tensors, parameter_count
+from qlora.model.tokenizer import save_tokenizer
 from qlora.model.weights import Weights, loaded_folder, write_weights
 from qlora.run.files import check_space, flush_folder, staged
 from qlora.run.hub import check_hub, model_card, push
@@ -88,8 +89,10 @@ def merge(config: MergeConfig) -> None:
             staging.mkdir()
             write_model(staging, model, dtype)
             architecture = type(model.get_base_model()).__name__
-            write_settings(staging, config.model, model_config, architecture, dtype, tokenizer)
-            write_defaults(staging, load_settings(config.adapter), config.dtype)
+            write_settings(staging, config.model, model_config, architecture, dtype)
+            settings = load_settings(config.adapter)
+            save_tokenizer(staging, tokenizer, settings.get("dataset_format"))
+            write_defaults(staging, settings, config.dtype)
             del model  # makes room for the merged one
             free_memory()
             differences = compare_merged(
@@ -149,18 +152,33 @@ def write_model(folder: Path, model, dtype: torch.dtype) -> None:
 
 
 def write_settings(
-    folder: Path, base_model: str, model_config, architecture: str, dtype: torch.dtype, tokenizer
+    folder: Path, base_model: str, model_config, architecture: str, dtype: torch.dtype
 ) -> None:
-    """Write the rest of a model's folder: configuration, generation settings, tokenizer."""
+    """Write the configuration and generation settings of a model's folder."""
     merged_config = copy.deepcopy(model_config)
     if hasattr(merged_config, "quantization_config"):
         del merged_config.quantization_config
     merged_config.dtype = dtype
     merged_config.architectures = [architecture]
     merged_config.save_pretrained(folder)
+    add_earlier_rope_names(folder / "config.json")
     with suppress(OSError, ValueError):  # not every model has generation settings, and not all are valid
         GenerationConfig.from_pretrained(base_model).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+
+
+def add_earlier_rope_names(path: Path) -> None:
+    """Add the settings of rotary embeddings to a config.json under the names that transformers 4 reads.
+
+    Without them it would silently take its defaults, and the answers would be worthless. 5 reads both.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:  # none, or several for different layers
+        return
+    config.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", {key: rope[key] for key in rope if key != "rope_theta"})
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_defaults(folder: Path, settings: dict, dtype: str) -> None:

@@ -34,12 +34,7 @@ from qlora.errors import InputError
 from qlora.merge import SAMPLE_TEXTS
 from qlora.model.adapter import ADAPTER, SETTINGS
 from qlora.model.generation import PromptWriter
-from qlora.model.gguf_tokenizer import (
-    check_sentencepiece,
-    pre_tokenizer_name,
-    read_vocabulary,
-    token_scores,
-)
+from qlora.model.gguf_tokenizer import check_sentencepiece, pre_tokenizer_name, read_vocabulary, token_scores
 from qlora.model.ollama import go_template, read_chat_texts
 
 HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 4, 2, 16, 448

@@ -8,14 +8,23 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
 
 import generate
 from qlora import evaluate, merge
 from qlora.commands import parse_for_adapter
 from qlora.config import EvaluateConfig, GenerateConfig
+from qlora.data.formatting import Formatting
 from qlora.model.adapter import ADAPTER, BASE, SETTINGS
 from qlora.model.base import load_base, load_tokenizer
+from qlora.model.generation import PromptWriter
 from qlora.model.weights import INDEX, write_weights
 from tests.conftest import ROWS
 from tests.test_train import metrics
@@ -154,6 +163,25 @@ def test_the_folder_has_weights_settings_tokenizer_and_card(run, base, tmp_path,
     assert AutoModelForCausalLM.from_pretrained(whole).dtype == torch.bfloat16
 
 
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3_ROPE], ids=["plain", "llama3"])
+def test_transformers_4_reads_the_settings_of_rotary_embeddings_under_its_own_names(tmp_path, scaling):
+    """It knows no rope_parameters: a theta of 500,000 would silently become 10,000."""
+    rope = {"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})}
+    config = LlamaConfig(rope_parameters=rope)
+    merge.write_settings(tmp_path, "none", config, "LlamaForCausalLM", torch.float32)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["rope_theta"] == 500000.0 and written.get("rope_scaling") == scaling
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+    earlier = dict(written)
+    del earlier["rope_parameters"]  # what 4 reads is what it means
+    (tmp_path / "config.json").write_text(json.dumps(earlier))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+
+
 @pytest.mark.parametrize("max_kl", ["0.01", "9"])  # with 9 the limit is the adapter's own effect
 def test_a_merged_model_that_differs_from_the_adapter_is_refused_and_leaves_no_files(
     run, base, tmp_path, monkeypatch, max_kl
@@ -195,6 +223,13 @@ def test_a_merged_folder_is_asked_as_it_was_trained(run, base, tmp_path, capsys)
     assert (scores.dataset_format, scores.load_in_4bit) == ("alpaca", False)
     settings = json.loads((Path(whole) / SETTINGS).read_text())
     assert BASE not in settings and BASE in json.loads((folder / SETTINGS).read_text())
+
+    tokenizer = AutoTokenizer.from_pretrained(whole)  # as other programs ask it
+    question = [{"role": "user", "content": "What is red?"}]
+    asked = tokenizer.apply_chat_template(question, return_dict=False)
+    assert asked == PromptWriter(load_tokenizer(base), Formatting("alpaca"), 999).chat(question)
+    class_name = json.loads((Path(whole) / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert class_name == "PreTrainedTokenizerFast"  # transformers 4 knows no TokenizersBackend
 
     generate.main(["--model", whole, "--prompt", "What is red?", "--max_new_tokens", "9"])
     assert capsys.readouterr().out.strip() == "A leaf."

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 
 from qlora.data.chat import Chat, mark_chat, read_chat
-from qlora.data.chat_template import template_segments
+from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE, PROBE, template_segments
 from qlora.data.formatting import Formatting
 from qlora.data.segments import DropRow, Segment, adds_bos_itself, mark_special_tokens, spells_special_tokens
 
@@ -36,6 +36,8 @@ STANDARD_SPACING = {"guanaco": ("", " ", "", " ", ""), "llama2": ("<s>", " ", " 
 MARKERS = {"guanaco": ("### Human:", "### Assistant:"), "llama2": ("[INST]", "[/INST]")}
 # Begins what turn_template() returns.
 TURN_TEMPLATE_MARK = "{# asks as the rows of text did that the adapter was trained on #}"
+# Begins what format_template() returns for formats without earlier turns.
+PROMPT_TEMPLATE_MARK = "{# asks as the rows did that the model was trained on #}"
 
 
 def detect_format(rows: list[dict], text_field: str) -> str | None:
@@ -168,17 +170,52 @@ def chat_segments(messages: list[dict], formatting: Formatting, tokenizer) -> li
         row = {column: messages[-1]["content"]}
         return prompt_segments(row, formatting, tokenizer)
     if row_format in MARKERS:
-        template = str(tokenizer.chat_template)
-        if not template.startswith(TURN_TEMPLATE_MARK):
-            template = turn_template([], row_format, tokenizer)
         text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            messages,
+            chat_template=format_template(row_format, tokenizer),
+            tokenize=False,
+            add_generation_prompt=True,
         )
     else:
         written = {"user": "\n{}", "assistant": "{}"}
         text = "".join(written[message["role"]].format(message["content"]) for message in messages)
         text = text.removeprefix("\n")
     return _text_segments(text, row_format, tokenizer)
+
+
+def format_template(row_format: str, tokenizer) -> str | dict[str, str] | None:
+    """The chat template that asks as rows of this format are asked; None for plain text, which has no turns.
+
+    A question gets the ids that chat_segments() and encode() give it, if its text is tokenized without
+    add_special_tokens: a BOS stands in it. There is no template for two things: special tokens that a
+    question spells become special, and answers before the last question are tokenized together with what
+    follows them. As in chat_segments(), alpaca and prompt_completion ask the last message alone.
+    """
+    if row_format == "text":
+        return None
+    if row_format == "messages":
+        return tokenizer.chat_template or FALLBACK_CHAT_TEMPLATE
+    if row_format in MARKERS:
+        template = str(tokenizer.chat_template)
+        return (
+            template if template.startswith(TURN_TEMPLATE_MARK) else turn_template([], row_format, tokenizer)
+        )
+    before, after, question = "", "", "messages[-1]['content']"
+    if row_format == "alpaca":
+        before, after = _alpaca_prompt({"instruction": PROBE}).split(PROBE)
+    else:
+        question += ".rstrip(' ')"  # a space at its end is one token with the answer's first word (encode)
+    begins = _written_bos(tokenizer) if adds_bos_itself(tokenizer) else ""
+    return (
+        f"{PROMPT_TEMPLATE_MARK}{{% if messages[-1]['role'] == 'assistant' %}}"
+        "{{ raise_exception('the last message is no question') }}{% endif %}"
+        f"{{{{ {json.dumps(begins + before)} + {question} + {json.dumps(after)} }}}}"
+    )
+
+
+def asks_otherwise(tokenizer) -> bool:
+    """Whether the tokenizer's chat template is that of a training on other rows than messages."""
+    return str(tokenizer.chat_template).startswith((TURN_TEMPLATE_MARK, PROMPT_TEMPLATE_MARK))
 
 
 def turn_template(texts: list[str], row_format: str, tokenizer) -> str:
@@ -200,12 +237,18 @@ def turn_template(texts: list[str], row_format: str, tokenizer) -> str:
             after_answer = Counter(followed).most_common(1)[0][0]
     question, answer = MARKERS[row_format]
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
-    begins = bos if adds_bos_itself(tokenizer) and not before.startswith("<s>") else ""
+    is_spelled = before.startswith("<s>")
+    first_bos = _written_bos(tokenizer) if is_spelled or adds_bos_itself(tokenizer) else ""
     before, after_answer = before.replace("<s>", bos), after_answer.replace("</s>", eos)
+    begins = "" if is_spelled else first_bos
+    opening = json.dumps(before + question + before_question)
+    if is_spelled and first_bos != bos:
+        first = first_bos + before.removeprefix(bos) + question + before_question
+        opening = f"({json.dumps(first)} if loop.first else {opening})"
     return (
         f"{TURN_TEMPLATE_MARK}{{{{ {json.dumps(begins)} }}}}{{% for message in messages %}}"
         "{% if message['role'] == 'user' %}"
-        f"{{{{ {json.dumps(before + question + before_question)} + message['content'] + "
+        f"{{{{ {opening} + message['content'] + "
         f"{json.dumps(after_question + answer)} }}}}"
         "{% elif message['role'] == 'assistant' %}"
         f"{{{{ {json.dumps(before_answer)} + message['content'] + {json.dumps(after_answer)} }}}}"
@@ -219,6 +262,20 @@ def starts_with_bos(row_format: str, tokenizer) -> bool:
     A chat template writes its own BOS, or wants none. Other rows get one if the tokenizer adds one by itself.
     """
     return row_format != "messages" and adds_bos_itself(tokenizer)
+
+
+def _written_bos(tokenizer) -> str:
+    """How a text spells the BOS in front of its first word, so that the word's ids stay as after a BOS's id.
+
+    Tokenizers that put a space in front of a text, but not behind a special token (Llama 2's as transformers
+    5 makes it), need that space written.
+    """
+    bos = tokenizer.bos_token or ""
+    want = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for text in (bos, f"{bos} "):
+        if bos and tokenizer(f"{text}a", add_special_tokens=False)["input_ids"][1:] == want:
+            return text
+    return bos
 
 
 def _alpaca_prompt(row: dict) -> str:

@@ -21,7 +21,7 @@ from qlora.data import cache
 from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
 from qlora.data.formats import (
     MARKERS,
-    TURN_TEMPLATE_MARK,
+    asks_otherwise,
     detect_format,
     required_columns,
     row_segments,
@@ -85,10 +85,10 @@ def tokenize_rows(
     sample = list(islice(remaining, SAMPLE_ROWS))
     formatting = checked_format([row for _, row in sample], formatting, name)
     row_format = formatting.row_format
-    if row_format == "messages" and str(tokenizer.chat_template).startswith(TURN_TEMPLATE_MARK):
+    if row_format == "messages" and asks_otherwise(tokenizer):
         raise InputError(
-            f"{name} has chats, but the adapter's chat template is that of the text rows it was trained on: "
-            "give another with --chat_template"
+            f"{name} has chats, but the chat template of --adapter or --model is that of the text rows it "
+            "was trained on: give another with --chat_template"
         )
     if row_format == "messages" and tokenizer.chat_template is None:
         print("The tokenizer has no chat template: turns are written as ### Human: and ### Assistant:.")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import InputError, first_line
+from qlora.model.tokenizer import save_tokenizer
 
 ADAPTER = "adapter_model.safetensors"
 SETTINGS = "generate_defaults.json"
@@ -113,17 +114,13 @@ def load_weights(folder: Path, model) -> None:
 def save_adapter(folder: Path, model, tokenizer, settings: dict) -> None:
     """Write a folder that PEFT and generate.py can load: adapter, tokenizer, settings, held-out rows if any.
 
-    Raises OSError or SafetensorError if it cannot be written.
+    The tokenizer asks in the row format that the settings name. Raises OSError or SafetensorError if the
+    folder cannot be written.
     """
     # save_embedding_layers: "auto" would ask the hub for the base's vocabulary; nothing here resizes it.
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink()  # PEFT's model card is an empty form
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is Exception:  # all that the Rust code of `tokenizers` has for a failed write
-            raise OSError(first_line(error)) from error
-        raise
+    save_tokenizer(folder, tokenizer, settings.get("dataset_format"))
     others = {name: value for name, value in settings.items() if name != HELD_OUT}
     (folder / SETTINGS).write_text(json.dumps(others, indent=2) + "\n")
     if HELD_OUT in settings:
@@ -189,17 +186,17 @@ def adapter_file(adapter: str, name: str) -> Path | None:
         return None
 
 
-def adapter_chat_template(adapter: str) -> str | dict[str, str] | None:
-    """The chat template saved with an adapter, several by name, or None. Raises InputError."""
-    template = adapter_file(adapter, "chat_template.jinja")
+def saved_chat_template(source: str) -> str | dict[str, str] | None:
+    """The chat template saved with an adapter or a model, several by name, or None. Raises InputError."""
+    template = adapter_file(source, "chat_template.jinja")
     named = {}
-    if Path(adapter).is_dir():
-        for path in sorted((Path(adapter) / "additional_chat_templates").glob("*.jinja")):
+    if Path(source).is_dir():
+        for path in sorted((Path(source) / "additional_chat_templates").glob("*.jinja")):
             named[path.stem] = path.read_text(encoding="utf-8")
     if template is not None:
         text = template.read_text(encoding="utf-8")
         return {"default": text, **named} if named else text
-    path = adapter_file(adapter, "tokenizer_config.json")  # where earlier versions of transformers put it
+    path = adapter_file(source, "tokenizer_config.json")  # where earlier versions of transformers put it
     try:
         template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path else None
     except ValueError as error:

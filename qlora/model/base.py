@@ -1,5 +1,6 @@
 """The frozen 4-bit base and its tokenizer."""
 
+from contextlib import suppress
 from datetime import date
 
 import bitsandbytes as bnb
@@ -9,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from qlora.data.chat_template import set_chat_template
+from qlora.data.formats import PROMPT_TEMPLATE_MARK
 from qlora.errors import InputError, first_line
-from qlora.model.adapter import adapter_chat_template, adapter_file, check_adapter
+from qlora.model.adapter import adapter_file, check_adapter, saved_chat_template
 
 REMOTE_CODE = "transformers_modules"  # the package of classes that come with a model
 
@@ -40,9 +42,14 @@ def load_tokenizer(
     Of remote code only the model's is run, never that in the adapter's folder: a tokenizer with code of its
     own is loaded from the model, and only its chat template from the adapter. The chat template is that of
     the file `chat_template`, if given; one that writes the date writes `today`, by default the day it is.
-    Raises InputError if any of this cannot be loaded.
+    Where the adapter's is there for other programs alone, or left out for them (save_tokenizer), it is the
+    model's. Raises InputError if any of this cannot be loaded.
     """
     tokenizer = _saved_tokenizer(model, adapter, trust_remote_code)
+    template = tokenizer.chat_template
+    if adapter is not None and (template is None or str(template).startswith(PROMPT_TEMPLATE_MARK)):
+        with suppress(OSError, ValueError):  # no such model, or no network: loading it will say so
+            tokenizer.chat_template = saved_chat_template(model)
     set_chat_template(tokenizer, chat_template, today or date.today())
     return tokenizer
 
@@ -149,7 +156,7 @@ def _saved_tokenizer(model: str, adapter: str | None, trust_remote_code: bool):
     if trust_remote_code:
         tokenizer = _from_hub(AutoTokenizer, model, trust_remote_code=True)
         if type(tokenizer).__module__.startswith(REMOTE_CODE):
-            tokenizer.chat_template = adapter_chat_template(adapter) or tokenizer.chat_template
+            tokenizer.chat_template = saved_chat_template(adapter) or tokenizer.chat_template
             return tokenizer
     return _from_hub(AutoTokenizer, adapter, trust_remote_code=False)
 

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
-from qlora.data.formats import chat_segments, prompt_segments, starts_with_bos
+from qlora.data.formats import asks_otherwise, chat_segments, prompt_segments, starts_with_bos
 from qlora.data.formatting import Formatting
 from qlora.data.segments import DropRow, Segment, adds_bos_itself, encode
 from qlora.data.sources import read_rows
@@ -39,6 +39,11 @@ class PromptWriter:
         self.formatting = formatting
         self.row_format = formatting.row_format
         self.max_tokens = max_tokens
+        if self.row_format == "messages" and asks_otherwise(tokenizer):
+            raise InputError(
+                "--dataset_format messages: the chat template of --adapter or --model is that of the other "
+                "rows it was trained on: give another with --chat_template"
+            )
         if self.row_format == "messages" and tokenizer.chat_template is None:
             tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
         self.adds_bos = starts_with_bos(self.row_format, tokenizer)

@@ -68,7 +68,7 @@ def test_a_training_uploads_its_adapter_and_nothing_private(run, base, uploads, 
     assert (upload["repo"], upload["private"], upload["folder"]) == ("you/tiny", True, folder)
     assert upload["files"] == {
         "adapter_model.safetensors", "adapter_config.json", "generate_defaults.json", "README.md", "loss.png",
-        "tokenizer.json", "tokenizer_config.json",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
     assert upload["adapter_config.json"]["base_model_name_or_path"] == "tiny-llama"
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
