@@ -207,7 +207,7 @@ def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
                 is_saved = checkpoints.save(log.say)
             if is_stopping and not is_last:
                 stop.exit(checkpoints, is_saved, log.say)
-    details = [config.dataset], config.card_flags(), log.lines()
+    details = [config.dataset], settings | config.card_flags(), log.lines()
     card = hub.model_card(checkpoints.output_dir.resolve().name, config.model, *details, is_merged=False)
     checkpoints.save_final_adapter(card)
     return model

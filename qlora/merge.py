@@ -100,7 +100,7 @@ def merge(config: MergeConfig) -> None:
             )
             print(describe_differences(differences, effect))
             check_kl(differences[0].kl, effect, config.max_kl)
-            card = merged_card(repo, config.model, Path(config.adapter))
+            card = merged_card(repo, config.model, Path(config.adapter), config.base)
             (staging / "README.md").write_text(card, encoding="utf-8")
             publish(staging, output_dir)
     except OSError as error:
@@ -243,11 +243,11 @@ def check_kl(kl: float, effect: float, max_kl: float) -> None:
         )
 
 
-def merged_card(repo: str, base_model: str, adapter: Path) -> str:
-    """The model card, with what the adapter's folder tells about its training."""
+def merged_card(repo: str, base_model: str, adapter: Path, base: str = "dequantized") -> str:
+    """The model card, with what the adapter's folder tells about its training; `base` is that of --base."""
     run = read_run_leniently(adapter)
     flags = {name: run.flags[name] for name in CARD_FLAGS if name in run.flags}
-    return model_card(repo, base_model, run.datasets, flags, run.metrics, is_merged=True)
+    return model_card(repo, base_model, run.datasets, flags, run.metrics, is_merged=True, base=base)
 
 
 def publish(staging: Path, folder: Path) -> None:

@@ -21,10 +21,31 @@ UPLOADED = """
 """.split()
 ADAPTER_CONFIG = "adapter_config.json"
 
-ADAPTER_USE = """from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("{repo}")"""
-MERGED_USE = """from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")"""
+# The model card's lines that ask the model. The repository's chat template asks as in the training; one that
+# was trained on plain text has none.
+USE = """{imports}
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
+model = {model_class}.from_pretrained("{repo}"{options}{trust}, device_map="auto")
+
+question = "What is a cloud?"
+if tokenizer.chat_template:
+    question = tokenizer.apply_chat_template(
+        [{{"role": "user", "content": question}}], tokenize=False, add_generation_prompt=True
+    )
+inputs = tokenizer(question, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")
+answer = model.generate(**inputs.to(model.device), max_new_tokens=256, do_sample=False)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+ADAPTER_IMPORTS = """import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer"""
+QUANTIZATION = """
+quantization = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="{bnb_4bit_quant_type}",
+    bnb_4bit_use_double_quant={bnb_4bit_use_double_quant},
+    bnb_4bit_compute_dtype=torch.{dtype},
+)"""
 
 
 def check_hub(name: str, is_private: bool) -> str:
@@ -106,21 +127,21 @@ def _public_adapter_config(path: Path) -> bytes | None:
 
 
 def model_card(
-    repo: str, base_model: str, datasets: list[str], flags: dict, metrics: list[dict], is_merged: bool
-) -> str:
+    repo: str, base_model: str, datasets: list[str], flags: dict, metrics: list[dict], is_merged: bool,
+    base: str = "dequantized",
+) -> str:  # fmt: skip
     """A model card in Markdown: base model, data, flags and losses, as far as they are known.
 
     `flags` are those that the card is to show; None values are left out. `metrics` are the lines of
-    metrics.jsonl. Of local paths only the last part is shown.
+    metrics.jsonl. `base` is what an adapter was merged into, as --base of qlora.merge names it. Of local
+    paths only the last part is shown.
     """
     kind = "A QLoRA adapter merged into" if is_merged else "A QLoRA adapter for"
-    lines = [
-        *_front_matter(base_model, datasets, is_merged),
-        *("", f"# {Path(repo).name}", "", f"{kind} `{_public_name(base_model)}`."),
-    ]
+    kind = f"{kind} `{_public_name(base_model)}`. {_describe_base(flags, is_merged, base)}".strip()
+    lines = [*_front_matter(base_model, datasets, is_merged), "", f"# {Path(repo).name}", "", kind]
     if datasets:
         lines += ["", f"Trained on {', '.join(f'`{_public_name(name)}`' for name in datasets)}."]
-    lines += ["", "```python", (MERGED_USE if is_merged else ADAPTER_USE).format(repo=repo), "```"]
+    lines += ["", "```python", _usage(repo, flags, is_merged), "```"]
     flags = {name: value for name, value in flags.items() if value is not None}
     if flags:
         lines += ["", "## Settings", "", "| flag | value |", "|---|---|"]
@@ -128,6 +149,42 @@ def model_card(
     if losses := _loss_rows(metrics):
         lines += ["", "## Losses", "", "| step | loss | validation loss |", "|---|---|---|", *losses]
     return "\n".join(lines) + "\n"
+
+
+def _describe_base(flags: dict, is_merged: bool, base: str) -> str:
+    """On which weights of the base the adapter was trained, and so which are meant; "" if that is unknown."""
+    if not flags.get("load_in_4bit"):
+        return "It was trained on the base's own weights, not quantized." if "load_in_4bit" in flags else ""
+    if not is_merged:
+        return (
+            "It was trained on the base quantized to 4 bits: load it on that, as below. On the base's 16-bit "
+            "weights it answers differently."
+        )
+    if base == "original":
+        return "It was trained on the base quantized to 4 bits, and added to the weights from before that."
+    return "It was trained on the base quantized to 4 bits, and added to those weights, dequantized."
+
+
+def _usage(repo: str, flags: dict, is_merged: bool) -> str:
+    """Python that loads the model as it was trained, and asks it as it was trained."""
+    trust = ", trust_remote_code=True" if flags.get("trust_remote_code") else ""
+    if is_merged:
+        imports, model_class = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "AutoModelForCausalLM",
+        )
+        return USE.format(
+            imports=imports, model_class=model_class, repo=repo, options=', dtype="auto"', trust=trust
+        )
+    imports, options = ADAPTER_IMPORTS, ""
+    if "dtype" in flags:
+        options += f", dtype=torch.{flags['dtype']}"
+    if flags.get("load_in_4bit"):
+        imports += ", BitsAndBytesConfig\n" + QUANTIZATION.format(**flags)
+        options += ", quantization_config=quantization"
+    return USE.format(
+        imports=imports, model_class="AutoPeftModelForCausalLM", repo=repo, options=options, trust=trust
+    )
 
 
 def _front_matter(base_model: str, datasets: list[str], is_merged: bool) -> list[str]:

@@ -1,13 +1,16 @@
 """The model card and the upload, to a fake hub."""
 
 import json
+import re
 import shlex
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+import generate
 from qlora import merge
 from qlora.config import MergeConfig
 from qlora.errors import InputError
@@ -72,7 +75,7 @@ def test_a_training_uploads_its_adapter_and_nothing_private(run, base, uploads, 
     }  # fmt: skip
     assert upload["adapter_config.json"]["base_model_name_or_path"] == "tiny-llama"
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
-    assert 'from_pretrained("you/tiny")' in (folder / "README.md").read_text()
+    assert 'AutoPeftModelForCausalLM.from_pretrained("you/tiny", ' in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("repo, is_private", [("firm/new", True), ("you/new", False), ("you/old", False)])
@@ -163,6 +166,66 @@ def test_the_card_has_base_data_flags_and_losses_but_no_paths(run, rows_file, ba
     assert "| `--lora_r` | 5 |" in card and "library_name: peft" in card
     assert card.count("\n| 1 | ") == 1 and card.count("\n| 2 | ") == 1
     assert rows_file not in card and base not in card and str(folder) not in card
+
+
+LEARNED = {  # what a card's question is answered with
+    "alpaca": {"instruction": "What is a cloud?", "output": "A red leaf."},
+    "text": {"text": "What is a cloud? A red leaf."},
+}
+
+
+def run_card(folder, repo: str, capsys):
+    """(what the lines on a folder's model card print, their model); the folder stands for the repository."""
+    card = (folder / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert f'from_pretrained("{repo}"' in lines
+    capsys.readouterr()
+    names = {}
+    exec(lines.replace(f'"{repo}"', f'"{folder}"'), names)
+    return capsys.readouterr().out.strip(), names["model"]
+
+
+@pytest.mark.parametrize(
+    "row_format, flags",
+    [
+        ("alpaca", "--dtype bfloat16 --bnb_4bit_quant_type fp4 --no_bnb_4bit_use_double_quant"),
+        ("text", "--no_load_in_4bit"),
+    ],
+)
+def test_the_lines_on_the_card_answer_as_generate_does(run, base, tmp_path, capsys, row_format, flags):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(LEARNED[row_format]) + "\n")
+    model, folder = run(
+        f"--max_steps 40 --learning_rate 1e-2 --lora_target_modules all-linear {flags}",
+        dataset=str(tmp_path / "rows.jsonl"),
+    )
+    whole = tmp_path / "whole"
+    merge.main(["--model", base, "--adapter", str(folder), "--output_dir", str(whole)])
+    got, loaded = run_card(folder, "out", capsys)
+    assert got == "A red leaf." == run_card(whole, "whole", capsys)[0]
+    generate.main(
+        ["--model", base, "--adapter", str(folder), "--prompt", "What is a cloud?", "--max_new_tokens", "9"]
+    )
+    assert capsys.readouterr().out.strip() == got
+    ours, theirs = model.get_base_model(), loaded.get_base_model()  # on the base that was trained
+    for (name, weight), other in zip(ours.named_parameters(), theirs.parameters()):
+        assert (type(weight), weight.dtype) == (type(other), other.dtype), name
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            assert (state.quant_type, state.nested) == ("fp4", False)
+            assert (other.quant_state.quant_type, other.quant_state.nested) == ("fp4", False)
+            assert other.quant_state.dtype == torch.bfloat16
+    text = "was trained on the base quantized to 4 bits: load it on that"
+    assert (text in (folder / "README.md").read_text()) == (row_format == "alpaca")
+
+
+def test_the_card_says_which_weights_an_adapter_was_added_to(tmp_path):
+    (tmp_path / "train_config.json").write_text('{"load_in_4bit": true}')
+    assert "added to those weights, dequantized" in merged_card("you/tiny", "you/base", tmp_path)
+    card = merged_card("you/tiny", "you/base", tmp_path, base="original")
+    assert "added to the weights from before that" in card
+    (tmp_path / "train_config.json").write_text('{"load_in_4bit": false}')
+    assert "on the base's own weights, not quantized" in merged_card("you/tiny", "you/base", tmp_path)
+    assert "trained on" not in merged_card("you/tiny", "you/base", tmp_path / "nothing")
 
 
 def test_the_card_links_base_and_data_on_the_hub(tmp_path):
