@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import qlora.model.base
 import train
+from qlora.data.chat_template import FALLBACK_CHAT_TEMPLATE
 from qlora.data.sources import read_rows
 from qlora.data.tokenize import tokenize_rows
 from qlora.errors import InputError
@@ -566,12 +567,16 @@ def test_resuming_a_run_of_another_folder_does_not_overwrite_the_run_in_this_one
 def test_a_tokenizer_with_several_chat_templates_can_be_saved_again(run, base, tmp_path):
     shutil.copytree(base, tmp_path / "model")
     tokenizer = load_tokenizer(base)
-    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}{{ tools }}"}
+    templates = {"default": FALLBACK_CHAT_TEMPLATE, "tool_use": "{{ messages }}{{ tools }}"}
+    tokenizer.chat_template = templates
     tokenizer.save_pretrained(tmp_path / "model")
     model = str(tmp_path / "model")
-    run("--max_steps 1", model=model)
-    _, folder = run("--max_steps 1 --resume_from_checkpoint latest", model=model)
-    assert isinstance(load_tokenizer(str(folder)).chat_template, dict)
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A leaf."}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    chats = str(tmp_path / "chats.jsonl")  # other rows bring a template of their own
+    run("--max_steps 1", model=model, dataset=chats)
+    _, folder = run("--max_steps 1 --resume_from_checkpoint latest", model=model, dataset=chats)
+    assert load_tokenizer(str(folder)).chat_template == templates
 
 
 def test_padded_rows_never_exceed_the_context_of_the_model(run, base, tmp_path):
