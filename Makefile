@@ -13,9 +13,10 @@ DATA ?= sahil2801/CodeAlpaca-20k
 demo: .venv/installed-demo $(filter outputs/%,$(DEMO_MODEL))  ## teach SmolLM2-135M to write orders as JSON: no GPU
 	$(BIN)/python demo/make_rows.py outputs/demo-rows
 	$(BIN)/python train.py --model $(DEMO_MODEL) --dataset outputs/demo-rows/train.jsonl \
-		--validation_dataset outputs/demo-rows/held_out.jsonl --dtype bfloat16 --lora_target_modules q_proj k_proj v_proj o_proj --lora_dropout 0 --learning_rate 3e-3 \
-		--max_length 320 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 2 \
-		--gradient_checkpointing none --eval_steps 40 --output_dir outputs/demo --overwrite_output_dir
+		--validation_dataset outputs/demo-rows/held_out.jsonl --dtype bfloat16 \
+		--lora_target_modules q_proj k_proj v_proj o_proj --lora_dropout 0 --learning_rate 3e-3 --max_length 320 \
+		--per_device_train_batch_size 4 --gradient_accumulation_steps 1 --num_train_epochs 2 \
+		--gradient_checkpointing none --eval_steps 20 --output_dir outputs/demo --overwrite_output_dir
 	$(BIN)/python -m qlora.evaluate --model $(DEMO_MODEL) --adapter outputs/demo \
 		--dataset outputs/demo-rows/held_out.jsonl --general_dataset demo/general.txt \
 		--prompts_file outputs/demo-rows/held_out.jsonl --json --samples 3 --max_new_tokens 48 --batch_size 30

@@ -119,7 +119,7 @@ def main(folder: Path) -> None:
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     for name, number, values in (
-        ("train", 640, (TRAIN_KINDS, TRAIN_THINGS, TRAIN_NAMES, TRAIN_WORDINGS)),
+        ("train", 480, (TRAIN_KINDS, TRAIN_THINGS, TRAIN_NAMES, TRAIN_WORDINGS)),
         ("held_out", 60, (HELD_OUT_KINDS, HELD_OUT_THINGS, HELD_OUT_NAMES, HELD_OUT_WORDINGS)),
     ):
         rows = [make_row(rng, *values) for _ in range(number)]
