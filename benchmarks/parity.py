@@ -107,7 +107,7 @@ def run_trl(config: TrainConfig, folder: Path, keep_bf16_lora: bool) -> Run:
 
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, config.dtype)
     # The adapter that train.py starts from; its random A matrices follow --seed.
-    ours = train.load_model(config, dtype, device, Fingerprint(None, {}, [], []))
+    ours = train.load_model(config, dtype, device, rows, Fingerprint(None, {}, [], []))
     lora_config = ours.peft_config["default"]
     lora = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(ours).items()}
     del ours
