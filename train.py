@@ -22,10 +22,10 @@ from qlora.data.report import data_report
 from qlora.evaluation.samples import read_samples
 from qlora.evaluation.validation import Validation
 from qlora.flags import parse_args
+from qlora.model import initialization
 from qlora.model.adapter import add_adapter, check_base, load_adapter
 from qlora.model.base import load_base, load_config, load_tokenizer, trainable_weights
 from qlora.model.forward import choose_hidden_states
-from qlora.model.initialization import initialize_adapter
 from qlora.model.loss import target_logprobs
 from qlora.optim.flat import FlatParameters
 from qlora.optim.optimizer import build_optimizer, lora_groups
@@ -76,15 +76,16 @@ def load_data(config: TrainConfig, today=None):
     tokenizer = load_tokenizer(
         config.model, config.adapter, config.trust_remote_code, config.chat_template, today
     )
-    model_config = load_config(config.model, config.trust_remote_code).get_text_config()
-    return tokenizer, model_config, *load_rows(
-        tokenizer, model_config, config.train_sources(), config.validation_sources(),
+    model_config = load_config(config.model, config.trust_remote_code)
+    initialization.check_initialization(config.init_lora_weights, config.model, model_config)
+    return tokenizer, model_config.get_text_config(), *load_rows(
+        tokenizer, model_config.get_text_config(), config.train_sources(), config.validation_sources(),
         formatting=config.formatting(), max_length=config.max_length, held_out=config.held_out,
         seed=config.seed, weights=config.dataset_weights,
     )  # fmt: skip
 
 
-def load_model(config: TrainConfig, dtype: torch.dtype, device: torch.device, rows, fingerprint: Fingerprint):
+def load_model(config: TrainConfig, dtype: torch.dtype, device: torch.device, fingerprint: Fingerprint):
     """The 4-bit base with a LoRA adapter, a new one or that of --adapter, in training mode."""
     base = load_base(
         config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
@@ -101,7 +102,6 @@ def load_model(config: TrainConfig, dtype: torch.dtype, device: torch.device, ro
             base, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules,
             config.use_rslora, config.use_dora,
         )  # fmt: skip
-        initialize_adapter(model, config.init_lora_weights, config.model, rows)
     fingerprint.add_adapter(model)
     return model.train()
 
@@ -113,10 +113,9 @@ def train(config: TrainConfig):
     config.check_device(device.type)
     if config.push_to_hub:  # checked now, not hours later
         config.hub_model_id = hub.check_hub(config.repository, config.hub_private_repo)
-    if config.plan_only:
-        return run(config, device, stop, None)
+    folder = None if config.plan_only else Path(config.output_dir)
     with claim_folder(
-        Path(config.output_dir), config.resume_from_checkpoint, config.overwrite_output_dir, config.adapter
+        folder, config.resume_from_checkpoint, config.overwrite_output_dir, config.adapter
     ) as checkpoint:
         return run(config, device, stop, checkpoint)
 
@@ -130,8 +129,7 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else it does nothing
     batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     # A resume compares what the training depends on with the checkpoint, each part as soon as it is known.
-    flags = config.values_to_compare()
-    fingerprint = Fingerprint(checkpoint, flags, config.allow_changes, config.shape_flags)
+    fingerprint = Fingerprint(checkpoint, config.compared_values(), config.allow_changes, config.shape_flags)
 
     # Data before the model: a bad row should not cost the minutes that loading a model takes.
     tokenizer, model_config, train_rows, validation_rows, stream = load_data(config, fingerprint.today)
@@ -142,7 +140,9 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     report = data_report(train_rows, validation_rows, batch_size, accumulation, config.seed)
     print(start_screen.describe_data(config.dataset, train_rows, validation_rows, report, stream is not None))
 
-    model = load_model(config, dtype, device, train_rows, fingerprint)
+    model = load_model(config, dtype, device, fingerprint)
+    if checkpoint is None and not config.plan_only:  # a resumed adapter has its weights
+        initialization.initialize_adapter(model, config.init_lora_weights, config.model, train_rows)
     kernels = fuse_linears(model, config.fused_4bit)  # the name of what runs the 4-bit layers
     why_not_packed = choose_attention(model, autocast)  # None if attention can keep packed rows apart
     hidden_states = choose_hidden_states(model)  # computes them for a batch; None: use the model's own logits
@@ -197,9 +197,8 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     print(start_screen.describe_steps(order, total_steps, batch_size, config.packing, why_not_packed, stream))
     print(start_screen.describe_output(checkpoints, checkpoint, config.resume_from_checkpoint is not None))
     log = RunLog(checkpoints.output_dir, total_steps, progress.step, plan.graph_bytes)
-    if config.report_to == "wandb":
-        log.track(config.run_name, vars(config), is_resumed=checkpoint is not None)
-    keep_best, first_step, is_saved = config.load_best_model_at_end, progress.step, True
+    log.track(config.report_to, config.run_name, vars(config), is_resumed=checkpoint is not None)
+    keep_best, first_step = config.load_best_model_at_end, progress.step
     evaluate_now = partial(evaluate, model, validation, samples, log, progress, keep_best, stop)
     gc.collect()
     gc.freeze()  # keep long-lived objects out of garbage-collection scans
@@ -207,9 +206,9 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
         if progress.owes_evaluation:  # the run was stopped in the evaluation after this step
             log.begin(repeats_evaluation=True)
             if (evaluate_now() or progress.owes_evaluation) and not checkpoints.is_saved(first_step):
-                is_saved = checkpoints.save(log.say)
+                checkpoints.save(log.say)
             if progress.owes_evaluation:  # stopped in it again
-                stop.exit(checkpoints, is_saved, log.say)
+                stop.exit(checkpoints, log.say)
         for step in range(first_step, total_steps):
             checkpoints.mark_boundary()  # should this step fail, the steps before it can still be saved
             started = time.perf_counter()
@@ -263,9 +262,9 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
             is_best = is_due and evaluate_now()
             is_stopping = stop.is_due()
             if progress.step % config.save_steps == 0 or is_last or is_best or is_stopping:
-                is_saved = checkpoints.save(log.say)
+                checkpoints.save(log.say)
             if is_stopping and (not is_last or progress.owes_evaluation):
-                stop.exit(checkpoints, is_saved, log.say)
+                stop.exit(checkpoints, log.say)
     gc.unfreeze()
     finish(config, checkpoints, plan, log)
     return model

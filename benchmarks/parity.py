@@ -36,6 +36,7 @@ from qlora.config import TrainConfig  # noqa: E402
 from qlora.data.order import StepOrder  # noqa: E402
 from qlora.errors import InputError  # noqa: E402
 from qlora.flags import parse_args  # noqa: E402
+from qlora.model.initialization import initialize_adapter  # noqa: E402
 from qlora.run.fingerprint import Fingerprint  # noqa: E402
 from qlora.run.terminal import command  # noqa: E402
 
@@ -107,7 +108,8 @@ def run_trl(config: TrainConfig, folder: Path, keep_bf16_lora: bool) -> Run:
 
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, config.dtype)
     # The adapter that train.py starts from; its random A matrices follow --seed.
-    ours = train.load_model(config, dtype, device, rows, Fingerprint(None, {}, [], []))
+    ours = train.load_model(config, dtype, device, Fingerprint(None, {}, [], []))
+    initialize_adapter(ours, config.init_lora_weights, config.model, rows)
     lora_config = ours.peft_config["default"]
     lora = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(ours).items()}
     del ours

@@ -30,6 +30,7 @@ TRAIN_SPLIT, VALIDATION_SPLIT = "train[:1200]", "train[1200:1500]"
 SEEDS = (42, 43, 44)
 FULL_RATES, R16_RATES, R64_RATES = (3e-5, 1e-4, 3e-4), (2e-3, 4e-3, 8e-3), (1e-3, 2e-3, 4e-3)
 START_RATES = (2.5e-4, 5e-4, 1e-3)  # of adapters whose B does not start at 0
+BASE_RATES = (6e-5, 1.2e-4, 2.5e-4)  # of adapters that hold a part of the base
 PLUS_RATES = (5e-4, 1e-3, 2e-3)  # of A; that of B is a multiple
 DEFAULT = "NF4, double quantization"
 COMMON = (
@@ -66,12 +67,12 @@ VARIANTS = [
     Variant("Variants of LoRA", "rsLoRA, r=64, alpha 16", f"{ALL} --lora_r 64 --lora_alpha 16 --use_rslora"),
     Variant("Variants of LoRA", "DoRA, r=16", f"{R16} --use_dora"),
     Variant("Winning it back, r=64", "bfloat16", f"{R64} {BF16}", rates=R64_RATES),
+    Variant("Winning it back, r=64", "gaussian", f"{R64} --init_lora_weights gaussian", rates=(2e-3,)),
     Variant("Winning it back, r=64", "loftq", f"{R64} --init_lora_weights loftq", rates=START_RATES),
     Variant("Winning it back, r=64", "qera", f"{R64} --init_lora_weights qera", rates=START_RATES),
     Variant("Winning it back, r=64", "LoRA+, ratio 4", f"{R64} --loraplus_lr_ratio 4", rates=PLUS_RATES),
-    Variant("Winning it back, r=64", "PiSSA, on its own base", base="pissa_niter_16", rates=START_RATES),
-    Variant("Winning it back, r=64", "OLoRA, on its own base", base="olora", rates=START_RATES),
-    Variant("Winning it back, r=64", "gaussian", f"{R64} --init_lora_weights gaussian"),
+    Variant("Winning it back, r=64", "PiSSA, on its own base", base="pissa_niter_16", rates=BASE_RATES),
+    Variant("Winning it back, r=64", "OLoRA, on its own base", base="olora", rates=BASE_RATES),
 ]
 
 

@@ -129,7 +129,7 @@ def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     shape_flags = ["lora_r", "lora_target_modules"]
-    fingerprint = Fingerprint(checkpoint, config.values_to_compare(), config.allow_changes, shape_flags)
+    fingerprint = Fingerprint(checkpoint, config.compared_values(), config.allow_changes, shape_flags)
 
     tokenizer = load_tokenizer(config.model)
     rows, pairs = load_pairs(config, tokenizer)
@@ -163,7 +163,7 @@ def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
     )  # fmt: skip
     progress = checkpoints.start(checkpoint, config.max_steps, validation=None)
     schedule = Schedule("linear", config.learning_rate, config.max_steps, warmup_steps=config.max_steps // 10)
-    first_step, is_saved = progress.step, True
+    first_step = progress.step
     log = RunLog(checkpoints.output_dir, config.max_steps, first_step, plan.graph_bytes)
     with log, stop, Rescue(checkpoints, model, optimizer, log.say):
         for step in range(first_step, config.max_steps):
@@ -204,9 +204,9 @@ def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
             log.train(**progress.position(), **values, grad_norm=grad_norm, **progress.close_window())
             is_last, is_stopping = progress.step == config.max_steps, stop.is_due()
             if progress.step % config.save_steps == 0 or is_last or is_stopping:
-                is_saved = checkpoints.save(log.say)
+                checkpoints.save(log.say)
             if is_stopping and not is_last:
-                stop.exit(checkpoints, is_saved, log.say)
+                stop.exit(checkpoints, log.say)
     details = [config.dataset], settings | config.card_flags(), log.lines()
     card = hub.model_card(checkpoints.output_dir.resolve().name, config.model, *details, is_merged=False)
     checkpoints.save_final_adapter(card)

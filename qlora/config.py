@@ -102,12 +102,11 @@ class TrainConfig(Flags):
         False, "Weight-decomposed LoRA; slower (arXiv 2402.09353).",
         excludes="--adapter, which keeps its own", resume="free", compares=("use_dora",), sets_shapes=True,
     )
-    init_lora_weights: Literal["default", "gaussian", "loftq", "qera", "eva"] = flag(
+    init_lora_weights: Literal["default", "gaussian", "loftq", "qera"] = flag(
         "default",
         "How the adapter starts; the base stays as it is. default: A uniform, B 0. gaussian: A normal, B 0. "
-        "loftq: what quantization took from each weight, as far as the rank allows (arXiv 2310.08659). qera: "
-        "likewise, but of each layer's outputs (arXiv 2410.06040). eva: A from these inputs (arXiv "
-        "2410.07170), B 0; slow.",
+        "loftq: a low-rank correction of each weight's quantization error (arXiv 2310.08659). qera: the "
+        "same, minimizing the error of each layer's output on training rows (arXiv 2410.06040).",
         excludes="--adapter, which has its weights",
     )
 
@@ -259,7 +258,7 @@ class TrainConfig(Flags):
         1.0,
         "LoRA+: train the B matrices at this multiple of the learning rate (arXiv 2402.12354, which takes 16 "
         "and a lower rate).",
-        limit=POSITIVE, sets_shapes=True,
+        limit=POSITIVE,
     )
     adam_beta1: float = flag(0.9, "AdamW's first-moment decay.", limit=FRACTION)
     adam_beta2: float = flag(
@@ -410,7 +409,7 @@ class TrainConfig(Flags):
     def __post_init__(self):
         super().__post_init__()
         compared = {name for field in fields(self) for name in field.metadata["compares"]}
-        names = [*self.values_to_compare(), *sorted(compared)]
+        names = [*self.compared_values(), *sorted(compared)]
         for name in self.allow_changes:
             if name not in names:
                 raise ValueError(f"--allow_changes {name}: the names are {', '.join(names)}")

@@ -110,7 +110,7 @@ class Flags:
             if limit is not None and value is not None and not (_is_finite(value) and limit.allows(value)):
                 raise ValueError(f"--{field.name} must be {limit.text}, not {value}")
 
-    def values_to_compare(self) -> dict:
+    def compared_values(self) -> dict:
         """The flags that must not change on resume, with their values."""
         return {name: getattr(self, name) for name in flag_names(type(self), "resume", "same")}
 

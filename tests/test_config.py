@@ -498,8 +498,8 @@ def test_a_flag_is_refused_beside_a_flag_that_it_excludes(capsys, config_class, 
 def test_every_flag_of_a_training_says_whether_it_may_change_on_resume():
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["resume"] in ("same", "free"), field.name
-    assert {"seed", "learning_rate", "max_steps", "dtype"} <= parse(TrainConfig).values_to_compare().keys()
-    assert not {"logging_steps", "output_dir", "compile"} & parse(TrainConfig).values_to_compare().keys()
+    assert {"seed", "learning_rate", "max_steps", "dtype"} <= parse(TrainConfig).compared_values().keys()
+    assert not {"logging_steps", "output_dir", "compile"} & parse(TrainConfig).compared_values().keys()
 
 
 @pytest.mark.parametrize("flags", ["--packing", "--no_packing"])

@@ -1,51 +1,62 @@
 """Initial LoRA weights. Whatever the method, the base keeps its weights.
 
-So the result is an ordinary adapter of an ordinary base: resuming, evaluating and merging need not know how
-it began. Methods that move a part of the base into the adapter (PiSSA, OLoRA) need another base, on which
-the adapter depends from then on; docs/quality.md shows how to train on one, and what it brought.
+So the result is an ordinary adapter of an ordinary base: resume, evaluate and merge work without knowing the
+method. Methods that move a part of the base into the adapter (PiSSA, OLoRA) need another base, on which the
+adapter depends from then on; docs/quality.md shows how to train on one, and what it brought.
 """
 
 from functools import partial
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft import EvaConfig, initialize_lora_eva_weights
 from peft.tuners.lora import Linear4bit
 from peft.tuners.lora.layer import LoraLayer
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from qlora.data.tokenized import TokenizedRows
 from qlora.errors import InputError
+from qlora.model.forward import decoder
 from qlora.model.weights import Weights, loaded_folder
 
-ROWS = 256  # training rows that qera and eva look at, at most
-BATCH = 8  # how many of them eva takes at a time
+ROWS, BATCH = 256, 8  # training rows that qera looks at, at most, and how many of them at a time
 MOMENTS_BYTES = 2**31  # of second moments that qera holds at a time; each time it reads the rows again
 DAMPING = 1e-4  # added to their diagonal, relative to its mean: some directions may not occur in the rows
+
+
+def check_initialization(method: str, base_model: str, model_config) -> None:
+    """Raise InputError if the method needs original weights and the base has none."""
+    if method in ("loftq", "qera") and getattr(model_config, "quantization_config", None):
+        raise InputError(
+            f"--init_lora_weights {method} needs the original weights, and {base_model} is already "
+            "quantized: give the unquantized model, or --init_lora_weights default"
+        )
 
 
 def initialize_adapter(model, method: str, base_model: str, rows: TokenizedRows) -> None:
     """Replace the weights of a new adapter, in which B is 0 and A uniform, by those of the method.
 
-    `base_model` is where the base was loaded from, `rows` are training rows. Seed first: all methods but
-    loftq draw random numbers. Raises InputError if the method does not work with this base.
+    `base_model` is where the base was loaded from, `rows` are training rows. Seed first: gaussian and qera
+    draw random numbers. Raises InputError if the method does not work with this base.
     """
-    if method == "gaussian":
-        for layer in _lora_layers(model).values():
-            layer.reset_lora_parameters("default", "gaussian")
-    elif method == "loftq":
-        restore_lost_weights(model, base_model)
-    elif method == "qera":
-        drawn = _draw(rows)
-        for names in _groups(model):
-            restore_lost_weights(model, base_model, second_moments(model, names, drawn))
-    elif method == "eva":
-        initialize_eva(model, rows)
+    match method:
+        case "default":
+            pass
+        case "gaussian":
+            for layer in _lora_layers(model).values():
+                layer.reset_lora_parameters("default", "gaussian")
+        case "loftq":
+            correct_quantization(model, base_model)
+        case "qera":
+            drawn = rows.fetch(torch.randperm(len(rows))[:ROWS].tolist())
+            for names in _groups(model):
+                correct_quantization(model, base_model, second_moments(model, names, drawn))
+        case _:
+            raise ValueError(method)
 
 
 @torch.no_grad()
-def restore_lost_weights(model, base_model: str, moments: dict[str, torch.Tensor] | None = None) -> None:
-    """Let the adapter give back as much of what quantization took from each weight W as its rank allows.
+def correct_quantization(model, base_model: str, moments: dict[str, torch.Tensor] | None = None) -> None:
+    """Initialize the adapter to the best rank-r approximation of the quantization error of each weight W.
 
     Without `moments` that is one step of LoftQ (arXiv 2310.08659, algorithm 1), with the quantized weight Q
     as it is: scale B A is the truncated SVD of W - Q. With the second moments of a layer's inputs x it is
@@ -55,21 +66,19 @@ def restore_lost_weights(model, base_model: str, moments: dict[str, torch.Tensor
     files = Weights(loaded_folder(base_model))
     for name, layer in _lora_layers(model).items():
         if not isinstance(layer, Linear4bit) or (moments is not None and name not in moments):
-            continue  # what is not quantized has lost nothing
+            continue  # not quantized: no error to correct
         quantized = layer.get_base_layer().weight
         try:
             original = files.tensor(f"{name}.weight").to(quantized.device)
         except KeyError as error:
             raise InputError(f"--init_lora_weights: {base_model} has no weight named {error}") from error
-        if original.shape != quantized.quant_state.shape:
-            raise InputError(f"--init_lora_weights needs original weights: {base_model} is already 4-bit")
-        lost = original.float() - dequantize_4bit(quantized, quantized.quant_state).float()
-        lost /= layer.scaling["default"]
+        quantization_error = original.float() - dequantize_4bit(quantized, quantized.quant_state).float()
+        quantization_error /= layer.scaling["default"]
         if moments is None:
-            b, a = best_approximation(lost, layer.r["default"])
+            b, a = best_approximation(quantization_error, layer.r["default"])
         else:
             factor = _cholesky(moments[name])  # |M factor| is the root mean square of M x
-            b, a = best_approximation(lost @ factor, layer.r["default"])
+            b, a = best_approximation(quantization_error @ factor, layer.r["default"])
             a = torch.linalg.solve_triangular(factor, a, upper=False, left=False)
         # At a rank above those of W, the other rows of A stay random and B's columns 0.
         layer.lora_A["default"].weight[: len(a)] = a
@@ -78,38 +87,41 @@ def restore_lost_weights(model, base_model: str, moments: dict[str, torch.Tensor
 
 @torch.no_grad()
 def second_moments(model, names: set[str], rows: list[tuple]) -> dict[str, torch.Tensor]:
-    """E[x x^T], (in, in), of the inputs x of these layers in the base, over the tokens of rows."""
-    sums, tokens = {}, {}
+    """E[x x^T], (in, in), of the inputs x of these layers in the base, over the tokens of rows.
+
+    Layers with the same input, such as q, k and v, share one tensor. `rows` are (input_ids, labels).
+    """
+    moments = {}
+    tokens = sum(len(ids) for ids, _ in rows)
+    latest = None, None  # an input, and a layer that took it
 
     def add(name: str, layer: LoraLayer, inputs: tuple[torch.Tensor]) -> None:
-        x = inputs[0].flatten(0, -2).float()
-        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
-        tokens[name] = tokens.get(name, 0) + len(x)
+        nonlocal latest
+        if inputs[0] is latest[0]:
+            moments[name] = moments[latest[1]]
+            return
+        latest = inputs[0], name
+        x = inputs[0].flatten(0, -2)[mask.flatten()].float()  # (tokens, in), without padding
+        if name not in moments:
+            moments[name] = x.new_zeros(x.shape[1], x.shape[1])
+        moments[name].addmm_(x.T, x, alpha=1 / tokens)
 
     layers = {name: layer for name, layer in _lora_layers(model).items() if name in names}
     hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
     was_training = model.training
     model.eval()
-    with model.disable_adapter():  # it may already give back a part of other layers
-        for ids, _ in rows:
-            model(input_ids=ids[None].to(model.device), use_cache=False)
+    by_length = sorted((ids for ids, _ in rows), key=len)
+    with model.disable_adapter():  # it may already correct other layers
+        for start in range(0, len(by_length), BATCH):
+            batch = by_length[start : start + BATCH]
+            input_ids = pad_sequence(batch, batch_first=True).to(model.device)
+            lengths = torch.tensor([len(ids) for ids in batch], device=model.device)
+            mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
+            decoder(model.get_base_model())(input_ids=input_ids, attention_mask=mask, use_cache=False)
     model.train(was_training)
     for hook in hooks:
         hook.remove()
-    return {name: total / tokens[name] for name, total in sums.items()}
-
-
-def initialize_eva(model, rows: TokenizedRows) -> None:
-    """Let A span the directions in which each layer's inputs vary most (EVA, arXiv 2410.07170); B is 0.
-
-    The ranks stay as they are: EVA's redistribution is off.
-    """
-    config = model.peft_config["default"]
-    config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
-    drawn = _draw(rows)
-    batches = [_padded(drawn[start : start + BATCH], model.device) for start in range(0, len(drawn), BATCH)]
-    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
-    config.init_lora_weights, config.eva_config = True, None  # who loads the adapter has no rows to repeat it
+    return moments
 
 
 def _lora_layers(model) -> dict[str, LoraLayer]:
@@ -148,19 +160,3 @@ def best_approximation(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
 def _cholesky(moments: torch.Tensor) -> torch.Tensor:
     damping = DAMPING * moments.diagonal().mean()
     return torch.linalg.cholesky(moments + damping * torch.eye(len(moments), device=moments.device))
-
-
-def _draw(rows: TokenizedRows) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """ROWS rows of (input_ids, labels), drawn at random."""
-    return rows.fetch(torch.randperm(len(rows))[:ROWS].tolist())
-
-
-def _padded(rows: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> dict[str, torch.Tensor]:
-    """(input_ids, labels) rows, padded on the right, as transformers' models take them."""
-    length = max(len(ids) for ids, _ in rows)
-    columns = {
-        "input_ids": [pad(ids, (0, length - len(ids))) for ids, _ in rows],
-        "labels": [pad(labels, (0, length - len(ids)), value=-100) for ids, labels in rows],
-        "attention_mask": [pad(torch.ones_like(ids), (0, length - len(ids))) for ids, _ in rows],
-    }
-    return {name: torch.stack(values).to(device) for name, values in columns.items()}

@@ -12,14 +12,17 @@ from qlora.run.files import lock_folder, make_folder, remove_leftovers, try_publ
 
 @contextmanager
 def claim_folder(
-    output_dir: Path, resume_from: str | None, overwrite: bool, adapter: str | None
+    output_dir: Path | None, resume_from: str | None, overwrite: bool, adapter: str | None
 ) -> Iterator[Path | None]:
     """Lock the folder of a run and yield the checkpoint to resume from, None for a fresh start.
 
-    Raises InputError if the folder is not writable, in use, cannot hold checkpoints, or holds a run that this
-    one would overwrite unasked. Nothing of an earlier run is deleted yet: see
-    Checkpoints.replace_earlier_run().
+    Without a folder, in a run that writes nothing, there is nothing to lock. Raises InputError if the folder
+    is not writable, in use, cannot hold checkpoints, or holds a run that this one would overwrite unasked.
+    Nothing of an earlier run is deleted yet: see Checkpoints.replace_earlier_run().
     """
+    if output_dir is None:
+        yield None
+        return
     make_folder(output_dir, f"--output_dir {output_dir}")
     with lock_folder(output_dir):
         remove_leftovers(output_dir)

@@ -40,10 +40,11 @@ class RunLog:
     def __exit__(self, *error) -> None:
         self.close()
 
-    def track(self, name: str | None, config: dict, is_resumed: bool) -> None:
-        """Send the same numbers to wandb; a resumed run continues its own track."""
-        folder = self.path.parent
-        self.tracker = Wandb(folder, name or folder.name, config, is_resumed)
+    def track(self, report_to: str, name: str | None, config: dict, is_resumed: bool) -> None:
+        """Send the same numbers to wandb, unless `report_to` is none; a resumed run continues its track."""
+        if report_to == "wandb":
+            folder = self.path.parent
+            self.tracker = Wandb(folder, name or folder.name, config, is_resumed)
 
     def begin(self, repeats_evaluation: bool = False) -> None:
         """Open metrics.jsonl, without the lines of steps that are about to be repeated.

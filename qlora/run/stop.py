@@ -69,15 +69,12 @@ class Stop:
         is_late = self.deadline is not None and time.monotonic() >= self.deadline
         return self.signal is not None or (is_late and self.has_progressed)
 
-    def exit(self, checkpoints: Checkpoints, is_saved: bool, say: Callable[[str], None]) -> NoReturn:
-        """Say how to resume, and raise SystemExit with the exit code of the reason.
-
-        `is_saved`: whether the last step is. If not, an older checkpoint is named only if there is one.
-        """
+    def exit(self, checkpoints: Checkpoints, say: Callable[[str], None]) -> NoReturn:
+        """Say how to resume, and raise SystemExit with the exit code of the reason."""
         reason = "--max_hours" if self.signal is None else signal.Signals(self.signal).name
         after = f"{reason} after step {checkpoints.progress.step}"
         remedy = "Resume with --resume_from_checkpoint latest"
-        if is_saved:
+        if checkpoints.is_saved(checkpoints.progress.step):
             say(f"stopped by {after}: checkpoint-{checkpoints.progress.step} is complete. {remedy}")
         elif not self.has_progressed:
             say(f"stopped by {reason}: {NOTHING_DONE}")
@@ -109,10 +106,9 @@ class Rescue:
     def __exit__(self, kind, error, frames) -> None:
         if self.stop is not None and isinstance(error, WaitStopped):
             step = self.checkpoints.progress.step
-            is_saved = self.checkpoints.is_saved(step)
-            if not is_saved and step > self.first_step:
-                is_saved = self.checkpoints.save_last_complete_step(self.say)
-            self.stop.exit(self.checkpoints, is_saved, self.say)
+            if step > self.first_step and not self.checkpoints.is_saved(step):
+                self.checkpoints.save_last_complete_step(self.say)
+            self.stop.exit(self.checkpoints, self.say)
         ran_out = isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error)
         if not ran_out and not isinstance(error, InputError):
             return

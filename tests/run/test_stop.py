@@ -40,7 +40,7 @@ def test_a_signal_is_noted_and_names_itself_in_message_and_exit_code(number, cod
     name = signal.Signals(number).name
     assert f"{name}: saving a checkpoint after this step" in capfd.readouterr().err
     with pytest.raises(SystemExit) as exit:
-        stop.exit(stopped_run(tmp_path, 3, saved=[2, 3]), True, messages.append)
+        stop.exit(stopped_run(tmp_path, 3, saved=[2, 3]), messages.append)
     assert exit.value.code == code
     remedy = "Resume with --resume_from_checkpoint latest"
     assert messages == [f"stopped by {name} after step 3: checkpoint-3 is complete. {remedy}"]
@@ -87,7 +87,7 @@ def test_the_time_limit_counts_only_after_a_step(tmp_path):
     stop.step_done()
     assert stop.is_due()
     with pytest.raises(SystemExit) as exit:
-        stop.exit(stopped_run(tmp_path, 3, saved=[2]), False, messages.append)
+        stop.exit(stopped_run(tmp_path, 3, saved=[2]), messages.append)
     assert exit.value.code == 124
     remedy = "Resume with --resume_from_checkpoint latest"
     assert messages == [
@@ -99,7 +99,7 @@ def test_a_stopped_run_without_any_checkpoint_promises_none(tmp_path):
     stop, messages = Stop(max_hours=1), []
     stop.step_done()
     with pytest.raises(SystemExit):
-        stop.exit(stopped_run(tmp_path, 3, saved=[]), False, messages.append)
+        stop.exit(stopped_run(tmp_path, 3, saved=[]), messages.append)
     lost = "no checkpoint could be saved, so all steps of this run are LOST"
     remedy = "Start over with --overwrite_output_dir"
     assert messages == [f"stopped by --max_hours after step 3: {lost}. {remedy}"]
@@ -109,7 +109,9 @@ def stopped_run(output_dir, step, saved):
     """What Stop.exit() needs to know of a run's Checkpoints."""
     for number in saved:
         (output_dir / f"checkpoint-{number}").mkdir()
-    return SimpleNamespace(output_dir=output_dir, progress=Progress(step=step))
+    return SimpleNamespace(
+        output_dir=output_dir, progress=Progress(step=step), is_saved=lambda number: number in saved
+    )
 
 
 def test_without_a_limit_or_before_it_a_run_continues():
