@@ -728,8 +728,8 @@ class EvaluateConfig(AdapterFlags):
     )
     json: bool = flag(
         False,
-        "The answers are JSON: also the share that is, and the share with the reference's values, in any "
-        "order and spacing.",
+        "Also score answers as JSON: the share that parses, and the share equal to the reference regardless "
+        "of key order and spacing.",
         needs="--prompts_file",
     )
     samples: int = flag(

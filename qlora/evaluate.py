@@ -29,7 +29,7 @@ from qlora.data.tokenize import SAMPLE_ROWS, checked_format
 from qlora.data.tokenized import TokenizedRows, describe_drops, find_held_out, hold_out
 from qlora.errors import InputError
 from qlora.evaluation.quantization import describe_quantization, quantization_report
-from qlora.evaluation.scores import import_codebleu, score
+from qlora.evaluation.scores import canonical_json, extract_code, import_codebleu, score
 from qlora.evaluation.validation import Validation
 from qlora.model.adapter import load_adapter, load_held_out
 from qlora.model.base import load_config, load_tokenizer
@@ -203,7 +203,10 @@ def row_counts(used: int, dropped: Counter, first_dropped: dict, not_held_out: i
 
 
 def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> tuple[list[Task], dict]:
-    """The rows of --prompts_file, and what became of them. Raises InputError if no row has an answer."""
+    """The rows of --prompts_file, and what became of them. Raises InputError if no row has an answer.
+
+    With --json, also if an answer is no JSON object or list.
+    """
     formatting = config.formatting()
     if formatting.row_format == "auto":
         sample = [row for _, row in islice(read_rows(config.prompts_file, config.prompts_split), SAMPLE_ROWS)]
@@ -222,6 +225,11 @@ def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> tuple[list[Ta
             dropped[str(reason)] += 1
             first_dropped.setdefault(str(reason), where)
             continue
+        if config.json and canonical_json(extract_code(reference)) is None:
+            raise InputError(
+                f"{where}: --json needs a JSON object or list as the reference answer, not "
+                f"{reference[:60]!r}: correct the row, or leave --json out"
+            )
         ids = writer.row(row, where)
         tasks.append(Task(tokenizer.decode(ids, skip_special_tokens=True), ids, reference))
     if not tasks:

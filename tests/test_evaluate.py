@@ -374,6 +374,17 @@ def test_code_is_scored_by_codebleu_and_whether_it_parses(base, tmp_path, run_ev
     assert "codebleu_dataflow" in output
 
 
+def test_a_reference_that_is_not_json_is_refused_before_the_model_is_loaded(
+    base, tmp_path, run_evaluate, monkeypatch, write_rows
+):
+    monkeypatch.setattr("qlora.commands.load_base", lambda *_: pytest.fail("loaded"))
+    for answer in ("A leaf.", "7", '{"a": NaN}'):
+        file = write_rows([{"prompt": "One?", "completion": text} for text in ('{"a": 1}', answer)])
+        message = rf"{file} line 2: .*--json .*{re.escape(repr(answer))}"
+        with pytest.raises(SystemExit, match=message):
+            run_evaluate("--model", base, "--prompts_file", file, "--json", "--max_new_tokens", 2)
+
+
 def test_without_codebleu_the_command_ends_before_the_model_is_loaded(base, rows_file, monkeypatch):
     monkeypatch.setitem(sys.modules, "codebleu", None)
     monkeypatch.setattr("qlora.commands.load_base", lambda *_: pytest.fail("loaded"))

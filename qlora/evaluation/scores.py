@@ -23,9 +23,9 @@ def score(
     pairs = list(zip(answers, references, strict=True))
     scores = {"exact_match": mean(float(answer.strip() == reference.strip()) for answer, reference in pairs)}
     if is_json:
-        values = [[parse_json(extract_code(text)) for text in pair] for pair in pairs]
-        scores["is_json"] = mean(float(value is not None) for value, _ in values)
-        scores["equal_json"] = mean(float(value is not None and value == other) for value, other in values)
+        texts = [[canonical_json(extract_code(text)) for text in pair] for pair in pairs]
+        scores["is_json"] = mean(float(text is not None) for text, _ in texts)
+        scores["equal_json"] = mean(float(text is not None and text == other) for text, other in texts)
     if not is_code:
         return scores
     answers, references = [[extract_code(text) for text in texts] for texts in zip(*pairs)]
@@ -38,13 +38,25 @@ def extract_code(answer: str) -> str:
     return fenced[1] if fenced else answer
 
 
-def parse_json(text: str):
-    """An answer's JSON object or list; None if it is neither. Bare numbers and words are no such answer."""
+def canonical_json(text: str) -> str | None:
+    """A JSON object or list with sorted keys and uniform spacing; None if the text is neither.
+
+    Compared as text, true is not 1, as it is in Python. Numbers have one type in JSON: 1.0 becomes 1.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_float=_number, parse_constant=_refuse_constant)
+        return json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else None
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, (dict, list)) else None
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not JSON")  # NaN, Infinity and -Infinity, which Python would take
 
 
 def parses(code: str) -> bool:

@@ -40,6 +40,20 @@ def test_equal_json_may_be_written_in_another_way():
     assert score(["no"], ["nor this"], is_json=True) == {"exact_match": 0, "is_json": 0, "equal_json": 0}
 
 
+def test_json_values_of_other_types_are_not_equal():
+    reference = '{"a": true, "b": [1, 2], "c": "1"}'
+    others = ['{"a": 1, "b": [1, 2], "c": "1"}', '{"a": true, "b": [2, 1], "c": "1"}']
+    others += ['{"a": true, "b": [1, 2], "c": 1}', '{"a": true, "b": [true, 2], "c": "1"}']
+    spaced = '{ "c":"1",\n"b" : [1,2.0],"a":true }'
+    scores = score([*others, spaced], [reference] * 5, is_json=True)
+    assert scores == {"exact_match": 0, "is_json": 1, "equal_json": 1 / 5}
+
+
+@pytest.mark.parametrize("answer", ['{"a": NaN}', "[Infinity]", "[-Infinity]"])
+def test_what_only_python_takes_for_json_is_not_json(answer):
+    assert score([answer], [answer], is_json=True) == {"exact_match": 1, "is_json": 0, "equal_json": 0}
+
+
 def test_without_codebleu_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "codebleu", None)  # as if it were not installed
     with pytest.raises(InputError, match=r"--code needs CodeBLEU: pip install -r requirements-codebleu\.txt"):
