@@ -800,7 +800,7 @@ class MergeConfig(AdapterFlags):
     base: Literal["dequantized", "original"] = flag(
         "dequantized",
         "What the adapter is added to: the 4-bit weights dequantized to 16 bits, on which it was trained, or "
-        "the weights from before quantization, which answer slightly differently.",
+        "the weights from before quantization, whose answers differ (docs/after-training.md).",
     )
     max_kl: float = flag(
         0.01,

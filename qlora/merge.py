@@ -243,7 +243,7 @@ def check_kl(kl: float, effect: float, max_kl: float) -> None:
         )
 
 
-def merged_card(repo: str, base_model: str, adapter: Path, base: str = "dequantized") -> str:
+def merged_card(repo: str, base_model: str, adapter: Path, base: str) -> str:
     """The model card, with what the adapter's folder tells about its training; `base` is that of --base."""
     run = read_run_leniently(adapter)
     flags = {name: run.flags[name] for name in CARD_FLAGS if name in run.flags}

@@ -161,30 +161,25 @@ def _describe_base(flags: dict, is_merged: bool, base: str) -> str:
             "weights it answers differently."
         )
     if base == "original":
-        return "It was trained on the base quantized to 4 bits, and added to the weights from before that."
-    return "It was trained on the base quantized to 4 bits, and added to those weights, dequantized."
+        return "It was trained on the base quantized to 4 bits and merged into the weights from before that."
+    return "It was trained on the base quantized to 4 bits and merged into those weights, dequantized."
 
 
 def _usage(repo: str, flags: dict, is_merged: bool) -> str:
     """Python that loads the model as it was trained, and asks it as it was trained."""
     trust = ", trust_remote_code=True" if flags.get("trust_remote_code") else ""
     if is_merged:
-        imports, model_class = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "AutoModelForCausalLM",
-        )
-        return USE.format(
-            imports=imports, model_class=model_class, repo=repo, options=', dtype="auto"', trust=trust
-        )
-    imports, options = ADAPTER_IMPORTS, ""
-    if "dtype" in flags:
-        options += f", dtype=torch.{flags['dtype']}"
-    if flags.get("load_in_4bit"):
-        imports += ", BitsAndBytesConfig\n" + QUANTIZATION.format(**flags)
-        options += ", quantization_config=quantization"
-    return USE.format(
-        imports=imports, model_class="AutoPeftModelForCausalLM", repo=repo, options=options, trust=trust
-    )
+        model_class = "AutoModelForCausalLM"
+        imports = f"from transformers import {model_class}, AutoTokenizer"
+        options = ', dtype="auto"'
+    else:
+        model_class = "AutoPeftModelForCausalLM"
+        imports = ADAPTER_IMPORTS
+        options = f", dtype=torch.{flags['dtype']}" if "dtype" in flags else ""
+        if flags.get("load_in_4bit"):
+            imports += ", BitsAndBytesConfig\n" + QUANTIZATION.format(**flags)
+            options += ", quantization_config=quantization"
+    return USE.format(imports=imports, model_class=model_class, repo=repo, options=options, trust=trust)
 
 
 def _front_matter(base_model: str, datasets: list[str], is_merged: bool) -> list[str]:

@@ -148,14 +148,14 @@ def test_a_merged_model_is_uploaded_under_its_folders_name(run, base, tmp_path, 
 def test_a_card_is_written_even_if_the_runs_records_are_corrupt(tmp_path, flags, metrics):
     (tmp_path / "train_config.json").write_text(flags)
     (tmp_path / "metrics.jsonl").write_text(metrics)
-    assert "# tiny" in merged_card("you/tiny", "you/base", tmp_path)
+    assert "# tiny" in merged_card("you/tiny", "you/base", tmp_path, "dequantized")
 
 
 def test_paths_that_no_longer_exist_are_not_on_the_card(tmp_path):
     (tmp_path / "train_config.json").write_text(
         '{"dataset": ["/home/me/secret/rows.jsonl", "data/rows.csv"]}'
     )
-    card = merged_card("you/tiny", "/home/me/secret/base", tmp_path)
+    card = merged_card("you/tiny", "/home/me/secret/base", tmp_path, "dequantized")
     assert "secret" not in card and "data/" not in card and "`rows.jsonl`, `rows.csv`" in card
 
 
@@ -219,18 +219,20 @@ def test_the_lines_on_the_card_answer_as_generate_does(run, base, tmp_path, caps
 
 
 def test_the_card_says_which_weights_an_adapter_was_added_to(tmp_path):
+    names = "you/tiny", "you/base"
     (tmp_path / "train_config.json").write_text('{"load_in_4bit": true}')
-    assert "added to those weights, dequantized" in merged_card("you/tiny", "you/base", tmp_path)
-    card = merged_card("you/tiny", "you/base", tmp_path, base="original")
-    assert "added to the weights from before that" in card
+    card = merged_card(*names, tmp_path, "dequantized")
+    assert "quantized to 4 bits and merged into those weights, dequantized" in card
+    card = merged_card(*names, tmp_path, "original")
+    assert "quantized to 4 bits and merged into the weights from before that" in card
     (tmp_path / "train_config.json").write_text('{"load_in_4bit": false}')
-    assert "on the base's own weights, not quantized" in merged_card("you/tiny", "you/base", tmp_path)
-    assert "trained on" not in merged_card("you/tiny", "you/base", tmp_path / "nothing")
+    assert "on the base's own weights, not quantized" in merged_card(*names, tmp_path, "dequantized")
+    assert "trained on" not in merged_card(*names, tmp_path / "nothing", "dequantized")
 
 
 def test_the_card_links_base_and_data_on_the_hub(tmp_path):
     (tmp_path / "train_config.json").write_text('{"dataset": ["someone/rows"]}')
-    card = merged_card("you/tiny", "meta-llama/Llama-2-7b-hf", tmp_path)
+    card = merged_card("you/tiny", "meta-llama/Llama-2-7b-hf", tmp_path, "dequantized")
     assert "base_model: meta-llama/Llama-2-7b-hf\n" in card and "datasets:\n- someone/rows\n" in card
     assert 'AutoModelForCausalLM.from_pretrained("you/tiny"' in card
 
@@ -238,7 +240,7 @@ def test_the_card_links_base_and_data_on_the_hub(tmp_path):
 def test_the_card_shows_no_flag_that_names_a_place_or_that_it_does_not_know(tmp_path):
     flags = {"lora_r": 5, "sample_prompts": "secret.jsonl", "output_dir": "/secret", "unknown": "secret"}
     (tmp_path / "train_config.json").write_text(json.dumps(flags | {"max_hours": 2}))
-    card = merged_card("you/tiny", "you/base", tmp_path)
+    card = merged_card("you/tiny", "you/base", tmp_path, "dequantized")
     assert "| `--lora_r` | 5 |" in card and "secret" not in card and "max_hours" not in card
 
 
