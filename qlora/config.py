@@ -429,7 +429,8 @@ class TrainConfig(Flags):
             self._check_streaming()
         if self.init_lora_weights in ("loftq", "qera") and (self.use_dora or not self.load_in_4bit):
             raise ValueError(
-                f"--init_lora_weights {self.init_lora_weights} needs --load_in_4bit, and excludes --use_dora"
+                f"--init_lora_weights {self.init_lora_weights} needs --load_in_4bit and does not work with "
+                "--use_dora"
             )
         for name in self.lora_target_modules:
             if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", name):

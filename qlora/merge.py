@@ -169,7 +169,7 @@ def write_settings(
 def add_earlier_rope_names(path: Path) -> None:
     """Add the settings of rotary embeddings to a config.json under the names that transformers 4 reads.
 
-    Without them it would silently take its defaults, and the answers would be worthless. 5 reads both.
+    Version 4 would silently use default RoPE settings and generate garbage; version 5 reads both.
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}

@@ -42,8 +42,8 @@ def load_tokenizer(
     Of remote code only the model's is run, never that in the adapter's folder: a tokenizer with code of its
     own is loaded from the model, and only its chat template from the adapter. The chat template is that of
     the file `chat_template`, if given; one that writes the date writes `today`, by default the day it is.
-    Where the adapter's is there for other programs alone, or left out for them (save_tokenizer), it is the
-    model's. Raises InputError if any of this cannot be loaded.
+    If the adapter's template was written only for other programs, or omitted (see save_tokenizer), the
+    model's is used. Raises InputError if any of this cannot be loaded.
     """
     tokenizer = _saved_tokenizer(model, adapter, trust_remote_code)
     template = tokenizer.chat_template

@@ -55,8 +55,8 @@ class FlatParameters:
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the gathered gradients down to this norm; returns the norm before, () float32 on the device.
 
-        It is taken of the parameters' norms, as torch.nn.utils.clip_grad_norm_ would do without the vectors:
-        a sum of the squares of 40 million gradients is 0.3% too small in one float32 sum on the CPU.
+        Computed as the norm of per-parameter norms, as clip_grad_norm_ does on separate parameters: one
+        float32 sum of the squares of 40 million gradients is 0.3% too small on the CPU.
         """
         norm = torch.nn.utils.get_total_norm(self.gradients())
         torch.nn.utils.clip_grads_with_norm_(self.vectors, max_norm, norm)
