@@ -660,9 +660,8 @@ class EvaluateConfig(AdapterFlags):
     model: str | None = flag(None, "Base model: the one the adapter was trained on, or any other.")
     base: Literal["dequantized", "original"] = flag(
         "dequantized",
-        "original: also measure the adapter on the weights from before quantization, in a third column. "
-        "vLLM and PEFT put it there unless told otherwise. dequantized: on the 4-bit weights alone, on which "
-        "it was trained.",
+        "original: a third column, the adapter on the base before quantization, where vLLM and PEFT put it "
+        "by default. dequantized: only the 4-bit base, on which it was trained.",
         needs="--adapter",
     )
 
@@ -734,7 +733,7 @@ class EvaluateConfig(AdapterFlags):
         needs="--prompts_file",
     )
     samples: int = flag(
-        0, "Print base and tuned answers to the first N rows of --prompts_file side by side.",
+        0, "Print the answers of every column to the first N rows of --prompts_file, side by side.",
         limit=NON_NEGATIVE, needs="--prompts_file",
     )
     max_new_tokens: int = flag(256, "Longest answer in tokens.", limit=AT_LEAST_1, needs="--prompts_file")

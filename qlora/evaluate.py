@@ -1,8 +1,8 @@
 """Evaluate an adapter: python -m qlora.evaluate --model BASE --adapter outputs --dataset rows.jsonl
 
 Compares the base with and without the adapter, loading it once: loss and perplexity, forgetting, answers and
-their scores. With --base original also the adapter on the 16-bit base. With --quantization MODEL instead: the
-error of 4-bit quantization in each layer. Flags: EvaluateConfig in qlora/config.py.
+their scores. With --base original also the adapter on the base before quantization. With --quantization MODEL
+instead: the error of 4-bit quantization in each layer. Flags: EvaluateConfig in qlora/config.py.
 """
 
 import json
@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from qlora.data.segments import IGNORE_INDEX, DropRow, encode
 from qlora.data.sources import RowSource, read_rows
 from qlora.data.tokenize import SAMPLE_ROWS, checked_format
 from qlora.data.tokenized import TokenizedRows, describe_drops, find_held_out, hold_out
-from qlora.errors import InputError
+from qlora.errors import InputError, first_line
 from qlora.evaluation.quantization import describe_quantization, quantization_report
 from qlora.evaluation.scores import canonical_json, extract_code, import_codebleu, score
 from qlora.evaluation.validation import Validation
@@ -39,10 +38,11 @@ from qlora.run.files import check_output_file, make_folder, replace_file
 from qlora.run.metrics import perplexity
 from qlora.run.screen import side_by_side, table
 from qlora.run.terminal import command
+from qlora.speed.memory import is_out_of_memory
 
 PROGRAM = "qlora.evaluate"
-# What is measured, and how it is called in the table.
-COLUMNS = {"base": "base", "tuned": "tuned", "tuned_16_bit_base": "tuned, 16-bit base"}
+# Report keys and their column titles.
+COLUMNS = {"base": "base", "tuned": "tuned", "tuned_original_base": "tuned, original base"}
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None) -> None:
             device, _ = choose_device(torch.float32)
             report = quantization_report(config.quantization, device, config.trust_remote_code)
             text = describe_quantization(report)
+            save(report, output_file)
         else:
-            report = evaluate(config)
+            report = evaluate(config, output_file)
             text = describe(report)
             if config.samples:
-                text += "\n" + side_by_side(report["answers"][: config.samples])
-        save(report, output_file)
+                text += "\n" + side_by_side(report["answers"][: config.samples], columns_of(report))
         print(f"{text}\nfull results in {output_file}")
 
 
@@ -88,10 +88,10 @@ def save(report: dict, output_file: Path) -> None:
         raise InputError(f"--output_file {output_file} cannot be written: {error.strerror}") from error
 
 
-def evaluate(config: EvaluateConfig) -> dict:
-    """All results for JSON. Raises InputError.
+def evaluate(config: EvaluateConfig, output_file: Path) -> dict:
+    """All results, which are written to `output_file` after each column. Raises InputError.
 
-    {"base": {name: value}, "tuned": ..., "tuned_16_bit_base": ..., "answers": [...],
+    {"base": {name: value}, "tuned": ..., "tuned_original_base": ..., "answers": [...],
     "rows": {flag: what became of its rows}}
     """
     # Rows and prompts before the model: an invalid row should not cost the minutes that loading takes.
@@ -110,41 +110,63 @@ def evaluate(config: EvaluateConfig) -> dict:
     if config.code:
         import_codebleu()  # fails here if it is not installed
 
-    report = {"model": config.model, "adapter": config.adapter, "rows": counts}
     answers = [{"prompt": task.prompt, "reference": task.reference} for task in tasks]
-    measure_into = partial(measure, config, tokenizer, rows, tasks, answers)
-    model = load_base_for(config, config.load_in_4bit)
-    report["base"] = measure_into(model, "base")
-    if config.adapter:
-        model = load_adapter(model, config.adapter, is_trainable=False)
-        report["tuned"] = measure_into(model, "tuned")
-    if config.base == "original":
-        del model  # makes room for the next one
-        free_memory()
-        model = load_adapter(load_base_for(config, load_in_4bit=False), config.adapter, is_trainable=False)
-        report["tuned_16_bit_base"] = measure_into(model, "tuned_16_bit_base")
-    return report | {"answers": answers}
+    report = {"model": config.model, "adapter": config.adapter, "rows": counts, "answers": answers}
+
+    def add_column(column: str, model) -> None:
+        report[column], texts = measure(config, tokenizer, rows, tasks, model, COLUMNS[column])
+        for answer, text in zip(answers, texts):
+            answer[column] = text
+        save(report, output_file)
+
+    try:
+        model = load_base_for(config, config.load_in_4bit)
+        add_column("base", model)
+        if config.adapter:
+            model = load_adapter(model, config.adapter, is_trainable=False)
+            add_column("tuned", model)
+        if config.base == "original":
+            del model  # makes room for the next one
+            free_memory()
+            model = load_adapter(
+                load_base_for(config, load_in_4bit=False), config.adapter, is_trainable=False
+            )
+            add_column("tuned_original_base", model)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = (
+            f"out of memory ({first_line(error)}): a smaller --batch_size or --per_device_eval_batch_size "
+            "needs less"
+        )
+        if titles := columns_of(report).values():
+            message += f"; {output_file} has what was measured before: {', '.join(titles)}"
+        raise InputError(message) from error
+    return report
+
+
+def columns_of(report: dict) -> dict[str, str]:
+    """The title of each column that was measured, by its key."""
+    return {key: title for key, title in COLUMNS.items() if key in report}
 
 
 def measure(
-    config: EvaluateConfig, tokenizer, rows: dict, tasks: list[Task], answers: list[dict], model, column: str
-) -> dict[str, float | None]:
-    """The losses on `rows` and the scores of the model's answers, which go to `answers` under `column`."""
+    config: EvaluateConfig, tokenizer, rows: dict, tasks: list[Task], model, title: str
+) -> tuple[dict[str, float | None], list[str]]:
+    """(the losses on `rows` and the scores of the model's answers, its answer to each task)."""
     _, autocast = choose_device(getattr(torch, config.dtype))
-    values, name = {}, COLUMNS[column]
+    values, texts = {}, []
     for loss_name, some_rows in rows.items():
         pad_id, batch_size = tokenizer.eos_token_id, config.per_device_eval_batch_size
-        loss = mean_loss(model, some_rows, batch_size, pad_id, autocast, f"{name}: loss")
+        loss = mean_loss(model, some_rows, batch_size, pad_id, autocast, f"{title}: loss")
         values |= loss_values(loss_name, loss)
     if tasks:
         texts = answer_tasks(
             model, tokenizer, tasks, autocast, config.batch_size, config.max_new_tokens,
-            description=f"{name}: answers",
+            description=f"{title}: answers",
         )  # fmt: skip
         values |= score(texts, [task.reference for task in tasks], config.code, config.json)
-        for answer, text in zip(answers, texts):
-            answer[column] = text
-    return values
+    return values, texts
 
 
 def dataset_rows(config: EvaluateConfig, tokenizer, model_config) -> tuple[TokenizedRows, dict]:
@@ -205,7 +227,7 @@ def row_counts(used: int, dropped: Counter, first_dropped: dict, not_held_out: i
 def read_tasks(config: EvaluateConfig, tokenizer, model_config) -> tuple[list[Task], dict]:
     """The rows of --prompts_file, and what became of them. Raises InputError if no row has an answer.
 
-    With --json, also if an answer is no JSON object or list.
+    With --json, also if a reference is not a JSON object or list.
     """
     formatting = config.formatting()
     if formatting.row_format == "auto":
@@ -282,8 +304,8 @@ def answer_tasks(
 def describe(report: dict) -> str:
     """What became of the rows, and a table of the values, a column for each model."""
     lines = [f"--{flag}: {describe_counts(counts)}" for flag, counts in report.get("rows", {}).items()]
-    columns = [name for name in COLUMNS if name in report]
-    rows = [["", *(COLUMNS[name] for name in columns)]]
+    columns = columns_of(report)
+    rows = [["", *columns.values()]]
     for value_name in report["base"]:
         style = ".4f" if "loss" in value_name or "perplexity" in value_name else ".1%"
         values = [report[column][value_name] for column in columns]

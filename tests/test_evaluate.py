@@ -169,7 +169,7 @@ def test_the_base_is_the_model_without_its_adapter(base, adapter, rows_file, run
     assert both["base"]["loss"] == pytest.approx(alone["base"]["loss"], rel=1e-6)
 
 
-def test_the_adapter_is_measured_on_the_16_bit_base_in_a_third_column(
+def test_the_adapter_is_measured_on_the_original_base_in_a_third_column(
     base, run, rows_file, tmp_path, run_evaluate, monkeypatch
 ):
     _, folder = run("--max_steps 8 --learning_rate 1e-2 --lora_target_modules all-linear")
@@ -180,22 +180,24 @@ def test_the_adapter_is_measured_on_the_16_bit_base_in_a_third_column(
     monkeypatch.setattr(
         evaluate, "load_base_for", lambda *given, **options: load_once(loaded, *given, **options)
     )
-    report, output = run_evaluate(*argv, "--base", "original")
+    report, output = run_evaluate(*argv, "--base", "original", "--samples", 2)
     assert len(loaded) == 2
     alone, _ = run_evaluate(*argv, "--no_load_in_4bit")
     as_trained, _ = run_evaluate(*argv)
-    assert report["tuned_16_bit_base"] == alone["tuned"]
+    assert report["tuned_original_base"] == alone["tuned"]
     assert report["tuned"] == as_trained["tuned"] and report["base"] == as_trained["base"]
-    assert set(report["tuned"]) == set(report["tuned_16_bit_base"])
-    assert report["tuned"]["loss"] != report["tuned_16_bit_base"]["loss"]
+    assert set(report["tuned"]) == set(report["tuned_original_base"])
+    assert report["tuned"]["loss"] != report["tuned_original_base"]["loss"]
     want = [answer["tuned"] for answer in alone["answers"]]
-    assert [answer["tuned_16_bit_base"] for answer in report["answers"]] == want
+    assert [answer["tuned_original_base"] for answer in report["answers"]] == want
     lines = output.splitlines()
-    assert [line for line in lines if re.fullmatch(r" +base +tuned +tuned, 16-bit base", line)]
+    assert [line for line in lines if re.fullmatch(r" +base +tuned +tuned, original base", line)]
     (row,) = [line for line in lines if line.startswith("loss ")]
-    columns = (report[name]["loss"] for name in ("base", "tuned", "tuned_16_bit_base"))
+    columns = (report[name]["loss"] for name in ("base", "tuned", "tuned_original_base"))
     assert row.split()[1:] == [f"{loss:.4f}" for loss in columns]
-    assert not [name for name in as_trained if "16" in name]
+    for answer in report["answers"][:2]:
+        assert f"tuned, original base: {answer['tuned_original_base']}" in output
+    assert not [name for name in as_trained if "original" in name]
 
 
 def load_once(loaded: list, *given, **options):
@@ -204,6 +206,45 @@ def load_once(loaded: list, *given, **options):
     model = load_base_for(*given, **options)
     loaded.append(weakref.ref(model))
     return model
+
+
+def load_until_memory_runs_out(monkeypatch, models: int) -> None:
+    """Have evaluate load this many models and then run out of memory."""
+    room = iter(range(models))
+
+    def load_or_fail(*given, **options):
+        if next(room, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load_base_for(*given, **options)
+
+    monkeypatch.setattr(evaluate, "load_base_for", load_or_fail)
+
+
+def test_what_was_measured_before_memory_ran_out_is_in_the_file(
+    base, adapter, rows_file, tmp_path, run_evaluate, monkeypatch
+):
+    argv = "--model", base, "--adapter", adapter[1], "--prompts_file", rows_file, "--max_new_tokens", 2
+    complete, _ = run_evaluate(*argv)
+    output_file = tmp_path / "evaluation.json"
+    output_file.unlink()
+    load_until_memory_runs_out(monkeypatch, models=1)
+    with pytest.raises(SystemExit) as stop:
+        run_evaluate(*argv, "--base", "original")
+    assert stop.value.code == (
+        "qlora.evaluate: error: out of memory (CUDA out of memory): a smaller --batch_size or "
+        f"--per_device_eval_batch_size needs less; {output_file} has what was measured before: base, tuned"
+    )
+    assert json.loads(output_file.read_text()) == complete
+
+
+def test_without_memory_for_the_base_an_earlier_report_is_kept(
+    base, rows_file, tmp_path, run_evaluate, monkeypatch
+):
+    (tmp_path / "evaluation.json").write_text("earlier")
+    load_until_memory_runs_out(monkeypatch, models=0)
+    with pytest.raises(SystemExit, match=r"error: out of memory \(CUDA out of memory\): .* needs less$"):
+        run_evaluate("--model", base, "--dataset", rows_file)
+    assert (tmp_path / "evaluation.json").read_text() == "earlier"
 
 
 def test_an_original_base_that_is_not_there_is_refused_before_anything_is_loaded(

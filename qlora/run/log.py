@@ -96,7 +96,7 @@ class RunLog:
         self.say(f"step {position['step']}: validation loss {eval_loss:.4f}, perplexity {shown}")
         values = position | {"eval_loss": eval_loss, "eval_perplexity": eval_perplexity}
         if samples:
-            self.say(side_by_side(samples))
+            self.say(side_by_side(samples, {"base": "base", "tuned": "tuned"}))
             values["samples"] = samples
         self._write_line(values)
         self._try(lambda: save_loss(self.path.parent))

@@ -6,12 +6,12 @@ def aligned(**facts: str) -> str:
     return "\n".join(f"{name:<10}  {value}".replace("\n", "\n" + " " * 12) for name, value in facts.items())
 
 
-def side_by_side(samples: list[dict]) -> str:
-    """Each prompt, followed by the answers of the base and the tuned model, whichever there are."""
+def side_by_side(samples: list[dict], titles: dict[str, str]) -> str:
+    """Each prompt, followed by its answers: `titles` has a sample's keys and what to print before each."""
     lines = []
     for sample in samples:
         lines.append(f"--- {sample['prompt']}")
-        lines += [f"{name:>5}: {sample[name].strip()}" for name in ("base", "tuned") if name in sample]
+        lines += [f"{title:>5}: {sample[key].strip()}" for key, title in titles.items()]
     return "\n".join(lines)
 
 
