@@ -63,9 +63,10 @@ def export(config: ExportConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     context = gguf_file.context_length(model_config)
     writer = PromptWriter(tokenizer, formatting(config, tokenizer), context, model_config.vocab_size)
-    stops = stop_ids(config.model, model_config, tokenizer)
+    stops = read_stops(config.model, model_config, tokenizer)
+    report_lost_stops(list(stops.values()), len(gguf_tokenizer.STOP_NAMES))
     vocabulary = gguf_tokenizer.read_vocabulary(
-        tokenizer, model_config.vocab_size, writer.needs_added_bos(), stops
+        tokenizer, model_config.vocab_size, writer.needs_added_bos(), list(stops)
     )
     weights = fetch_weights(config.model)
     tensors = gguf_file.gguf_tensors(weights, model_config, config.gguf)
@@ -76,8 +77,7 @@ def export(config: ExportConfig) -> None:
             check_space(staging, sum(tensor.nbytes for tensor in tensors))
             file = staging / output.name
             gguf_file.write_gguf(file, name, model_config, weights, tensors, config.gguf, vocabulary)
-            stop_tokens = tokenizer.convert_ids_to_tokens(stops)
-            text = modelfile(output.name, writer, context, stop_tokens)
+            text = modelfile(output.name, writer, context, list(stops.values()))
             (staging / modelfile_path.name).write_text(text, encoding="utf-8")
             print(compare(config, file, tokenizer, writer))
             flush_folder(staging)
@@ -112,14 +112,35 @@ def formatting(config: ExportConfig, tokenizer) -> Formatting:
     return Formatting(row_format)
 
 
-def stop_ids(model: str, model_config, tokenizer) -> list[int]:
-    """The tokens that end an answer in generate.py: the tokenizer's EOS first, then those of the model."""
+def read_stops(model: str, model_config, tokenizer) -> dict[int, str]:
+    """Stop tokens by id, as generate.py uses them: the tokenizer's EOS first, then those of the model.
+
+    Raises InputError for an id without a token.
+    """
     try:
         own_ids = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # not every model has generation settings
         own_ids = GenerationConfig.from_model_config(model_config).eos_token_id
     own_ids = own_ids if isinstance(own_ids, list) else [own_ids]
-    return [number for number in dict.fromkeys([tokenizer.eos_token_id, *own_ids]) if number is not None]
+    ids = [number for number in dict.fromkeys([tokenizer.eos_token_id, *own_ids]) if number is not None]
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    for number in ids:
+        if number not in tokens:
+            raise InputError(
+                f"eos_token_id {number} in generation_config.json or config.json of --model {model} has no "
+                "token in the tokenizer: remove it there"
+            )
+    return {number: tokens[number] for number in ids}
+
+
+def report_lost_stops(tokens: list[str], room: int) -> None:
+    """Print which stop tokens a GGUF file with `room` for them, or a Modelfile, cannot hold."""
+    if tokens[room:]:
+        print(
+            f"a GGUF file holds only {room} stop tokens: llama.cpp may not stop at {', '.join(tokens[room:])}"
+        )
+    if quoted := [token for token in tokens if '"' in token]:
+        print(f"a Modelfile cannot name a stop token with a quotation mark: {', '.join(quoted)}")
 
 
 def compare(config: ExportConfig, file: Path, tokenizer, writer: PromptWriter) -> str:

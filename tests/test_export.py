@@ -152,6 +152,39 @@ def test_the_files_metadata_are_the_models(model_folder):
     assert {name: found.get(name) for name in expected} == expected
 
 
+@pytest.mark.parametrize("number", [VOCABULARY - 1, 5000, -1])
+def test_a_stop_id_without_a_token_is_refused(model_folder, number):
+    folder = model_folder()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, number]}))
+    before = sorted(folder.iterdir())
+    with pytest.raises(SystemExit, match=f"eos_token_id {number} .*generation_config.json.* no token"):
+        exported(folder)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_stop_tokens_that_a_file_cannot_hold_are_named(model_folder, tokenizer, capsys):
+    folder = model_folder()
+    tokenizer.add_tokens(['<"end">'], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    stops = [2, 7, tokenizer.convert_tokens_to_ids('<"end">'), 9, 10]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    found = values(exported(folder))
+    assert [found[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == stops[:3]
+    output = capsys.readouterr().out
+    assert "only 3 stop tokens: llama.cpp may not stop at <0x06>, <0x07>\n" in output
+    assert 'a Modelfile cannot name a stop token with a quotation mark: <"end">' in output
+    lines = (folder / "merged-f32.Modelfile").read_text().splitlines()
+    stops = [line.split()[-1] for line in lines if line.startswith("PARAMETER stop ")]
+    assert stops == ['"</s>"', '"<0x04>"', '"<0x06>"', '"<0x07>"']
+
+
+def test_of_several_chat_templates_the_default_is_written(model_folder, tokenizer):
+    folder = model_folder()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": NUMBERED}
+    tokenizer.save_pretrained(folder)
+    assert values(exported(folder))["tokenizer.chat_template"] == CHATML
+
+
 def test_tied_embeddings_are_written_once(model_folder):
     folder = model_folder(tie_word_embeddings=True)
     weights = load_file(folder / "model.safetensors")

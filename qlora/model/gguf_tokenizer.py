@@ -14,6 +14,7 @@ from gguf import GGUFWriter, TokenType
 from qlora.errors import InputError
 
 CONVERTER = "convert it with llama.cpp's convert_hf_to_gguf.py, which knows more of them"
+STOP_NAMES = "eos", "eot", "eom"  # a file names no other tokens that end an answer
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 # The regular expressions with which tokenizers split a text before BPE.
@@ -53,7 +54,8 @@ def read_vocabulary(tokenizer, vocab_size: int, adds_bos: bool, stop_ids: list[i
     """The tokenizer for llama.cpp; raises InputError if llama.cpp cannot tokenize as it does.
 
     `vocab_size` is the number of rows of the embeddings. `adds_bos` says whether llama.cpp is to put a BOS in
-    front of a text, `stop_ids` are all tokens that end an answer.
+    front of a text. `stop_ids` are the tokens that end an answer, EOS first; there are names for the first
+    few alone (STOP_NAMES).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -68,10 +70,12 @@ def read_vocabulary(tokenizer, vocab_size: int, adds_bos: bool, stop_ids: list[i
     has_byte_tokens = bool(model.get("byte_fallback"))
     if has_byte_tokens:
         check_sentencepiece(definition, merges)
-    special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    others = [number for number in stop_ids if number != tokenizer.eos_token_id]
-    special_ids |= dict(zip(("eot", "eom"), others))
+    special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")}
+    special_ids |= dict(zip(STOP_NAMES, stop_ids))
     tokens, types = _tokens(tokenizer, definition, vocab_size)
+    chat_template = tokenizer.chat_template
+    if isinstance(chat_template, dict):  # several, by name; a chat without tools gets this one
+        chat_template = chat_template.get("default")
     return Vocabulary(
         model="llama" if has_byte_tokens else "gpt2",
         pre_tokenizer="default" if has_byte_tokens else pre_tokenizer_name(definition),
@@ -81,7 +85,7 @@ def read_vocabulary(tokenizer, vocab_size: int, adds_bos: bool, stop_ids: list[i
         starts_with_space=has_byte_tokens and _starts_with_space(definition),
         special_ids={name: number for name, number in special_ids.items() if number is not None},
         adds_bos=adds_bos,
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_template=chat_template,
     )
 
 
