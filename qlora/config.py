@@ -853,8 +853,8 @@ class ExportConfig(Flags):
     )
     output_file: str | None = flag(
         None,
-        "The GGUF file; it must not exist. Default: NAME-f16.gguf in the model's folder. The Modelfile for "
-        "Ollama goes next to it.",
+        "The GGUF file; it must not exist. Default: NAME-GGUF.gguf in the model's folder, or in the current "
+        "one for a hub id. The Modelfile for Ollama goes next to it.",
     )
     dataset_format: RowFormat = flag(
         "auto",

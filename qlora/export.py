@@ -5,6 +5,8 @@ model, and gets its name only if they agree. Flags: ExportConfig in qlora/config
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
@@ -71,30 +73,43 @@ def export(config: ExportConfig) -> None:
     weights = fetch_weights(config.model)
     tensors = gguf_file.gguf_tensors(weights, model_config, config.gguf)
     name = Path(config.model).resolve().name
-    try:
-        with staged(output) as staging:
+    with staged(output) as staging:
+        file = staging / output.name
+        with writing(output):
             staging.mkdir()
             check_space(staging, sum(tensor.nbytes for tensor in tensors))
-            file = staging / output.name
             gguf_file.write_gguf(file, name, model_config, weights, tensors, config.gguf, vocabulary)
             text = modelfile(output.name, writer, context, list(stops.values()))
             (staging / modelfile_path.name).write_text(text, encoding="utf-8")
-            print(compare(config, file, tokenizer, writer))
+        print(compare(config, file, tokenizer, writer))
+        with writing(output):
             flush_folder(staging)
+            os.rename(file, output)  # first: a Modelfile without its model is of no use
             os.rename(staging / modelfile_path.name, modelfile_path)
-            os.rename(file, output)
             staging.rmdir()
-    except OSError as error:
-        raise InputError(f"--output_file {output} cannot be written: {first_line(error)}") from error
     print(f"GGUF file {output}, {output.stat().st_size / 1e6:,.0f} MB; for Ollama: {modelfile_path}")
 
 
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Raise InputError in place of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output_file {output} cannot be written: {first_line(error)}") from error
+
+
 def choose_output(config: ExportConfig) -> tuple[Path, Path]:
-    """(GGUF file, Modelfile); raises InputError if one exists or cannot be written."""
+    """(GGUF file, Modelfile); raises InputError if one exists or cannot be written, or both are the same."""
     folder = Path(config.model).resolve()
     default = (folder if folder.is_dir() else Path()) / f"{folder.name}-{config.gguf}.gguf"
     output = Path(config.output_file or default)
     check_output_file(output)
+    if output.suffix.lower() == ".modelfile":  # some file systems do not tell upper from lower case
+        raise InputError(
+            f"--output_file {output} is the name of the Modelfile that goes next to the GGUF file: choose "
+            f"another, such as {output.with_suffix('.gguf')}"
+        )
     paths = output, output.with_suffix(".Modelfile")
     for path in paths:
         if path.exists():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import sys
@@ -382,6 +383,21 @@ def test_an_existing_file_is_kept(model_folder, name):
     assert (folder / name).read_text() == "mine" and len(list(folder.glob("merged-*"))) == 1
 
 
+def test_the_gguf_file_cannot_have_the_modelfiles_name(model_folder, tmp_path):
+    file = tmp_path / "mine.Modelfile"
+    with pytest.raises(SystemExit, match=r"mine\.Modelfile is the name of the Modelfile .*mine\.gguf"):
+        exported(model_folder(), "f16", "--output_file", str(file))
+    assert not file.exists()
+
+
+def test_the_gguf_file_is_in_place_before_the_modelfile(model_folder, monkeypatch):
+    renamed = []
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda old, new: (renamed.append(new.name), rename(old, new)))
+    exported(model_folder(), "f16")
+    assert renamed == ["merged-f16.gguf", "merged-f16.Modelfile"]
+
+
 def test_without_gguf_the_error_says_what_to_install(model_folder, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("qlora.model.gguf_")]:
         monkeypatch.delitem(sys.modules, name)
@@ -478,6 +494,8 @@ class Llama:
         self.output = pickle.loads((Path(__file__).parent / "output").read_bytes())
         if self.output is None:
             os.abort()
+        if isinstance(self.output, Exception):
+            raise self.output
     def tokenize(self, text, add_bos, special):
         return self.output["prompt"] if add_bos else self.output["tokens"][text.decode()]
     def reset(self):
@@ -527,6 +545,7 @@ def test_a_file_that_agrees_with_the_model_is_kept(model_folder, session_tokeniz
         ("logits", r"KL divergence .*limit --max_kl 0\.01; nothing was saved"),
         ("tokens", r"llama\.cpp tokenizes differently: .* are .* there; nothing was saved"),
         ("crash", r"llama-cpp-python crashed, .*GGML_NATIVE=OFF"),
+        ("load", r"llama-cpp-python cannot run the file: libgomp\.so\.1"),
     ],
 )
 def test_a_file_that_differs_from_the_model_is_not_kept(
@@ -538,8 +557,27 @@ def test_a_file_that_differs_from_the_model_is_not_kept(
         output["logits"] = {ids: 2 * logits for ids, logits in output["logits"].items()}
     elif defect == "tokens":
         output["tokens"][export.TOKENIZED_TEXTS[2]][5] += 1
-    llama_output(None if defect == "crash" else output)
+    elif defect == "crash":
+        output = None
+    elif defect == "load":
+        output = OSError("libgomp.so.1: cannot open shared object file")
+    llama_output(output)
     with pytest.raises(SystemExit, match=message):
+        exported(folder)
+    assert not list(folder.glob("merged-*"))
+
+
+def test_an_os_error_of_the_model_is_not_blamed_on_the_output_file(
+    model_folder, session_tokenizer, llama_output, monkeypatch
+):
+    folder = model_folder()
+    llama_output(model_output(folder, session_tokenizer))
+
+    def fail(*_, **__):
+        raise OSError("no such library")
+
+    monkeypatch.setattr(export, "load_base", fail)
+    with pytest.raises(OSError, match=r"^no such library$"):
         exported(folder)
     assert not list(folder.glob("merged-*"))
 

@@ -36,7 +36,7 @@ def run_llama(file: Path, texts: list[str], prompt: str, rows: list[list[int]]) 
             "llama-cpp-python crashed, perhaps because it was built for another CPU, and nothing was saved: "
             "rebuild it with CMAKE_ARGS=-DGGML_NATIVE=OFF, or uninstall it to export without a comparison"
         ) from error
-    except (ImportError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:  # OSError: a library is missing
         raise InputError(f"llama-cpp-python cannot run the file: {first_line(error)}") from error
 
 
