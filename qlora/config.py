@@ -861,6 +861,9 @@ class ExportConfig(Flags):
         "How the Modelfile writes a prompt. auto: as in the training; if that is unknown, with the chat "
         "template, or as plain text without one.",
     )
+    chat_template: str | None = flag(
+        None, "File with a chat template (Jinja) that replaces the one saved with the model.",
+    )
     max_kl: float = flag(
         0.01,
         "Refuse a file with which llama.cpp differs by more than this from the model: mean KL divergence, in "

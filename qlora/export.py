@@ -62,7 +62,7 @@ def export(config: ExportConfig) -> None:
         )
     model_config = load_config(config.model)
     gguf_file.check_architecture(model_config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     context = gguf_file.context_length(model_config)
     writer = PromptWriter(tokenizer, formatting(config, tokenizer), context, model_config.vocab_size)
     stops = read_stops(config.model, model_config, tokenizer)

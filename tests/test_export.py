@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from qlora import export
+from qlora.data.formats import PROMPT_TEMPLATE_MARK
 from qlora.data.formatting import Formatting
 from qlora.errors import InputError
 from qlora.merge import SAMPLE_TEXTS
@@ -481,6 +482,18 @@ def test_a_template_without_an_equivalent_in_go_is_left_out(model_folder, tokeni
     exported(folder)
     text = (folder / "merged-f32.Modelfile").read_text()
     assert "TEMPLATE " not in text.replace("No TEMPLATE", "") and "# No TEMPLATE: " in text
+
+
+def test_chats_of_a_model_trained_on_other_rows_take_a_template_from_a_file(model_folder, tmp_path):
+    folder = model_folder()
+    (folder / "chat_template.jinja").write_text(PROMPT_TEMPLATE_MARK + "{{ messages[-1]['content'] }}")
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    flags = ["--dataset_format", "messages"]
+    with pytest.raises(SystemExit, match=r"row format of its training, not for messages: .*--chat_template"):
+        exported(folder, "f32", *flags)
+    found = values(exported(folder, "f32", *flags, "--chat_template", str(tmp_path / "chatml.jinja")))
+    assert found["tokenizer.chat_template"] == CHATML
+    assert "<|im_start|>user\n" in (folder / "merged-f32.Modelfile").read_text()
 
 
 # The comparison, with a stand-in for llama-cpp-python

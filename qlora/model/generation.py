@@ -41,8 +41,8 @@ class PromptWriter:
         self.max_tokens = max_tokens
         if self.row_format == "messages" and asks_otherwise(tokenizer):
             raise InputError(
-                "--dataset_format messages: the chat template of --adapter or --model is that of the other "
-                "rows it was trained on: give another with --chat_template"
+                "--dataset_format messages: the saved chat template is for the row format of its training, "
+                "not for messages: give another with --chat_template"
             )
         if self.row_format == "messages" and tokenizer.chat_template is None:
             tokenizer.chat_template = FALLBACK_CHAT_TEMPLATE
