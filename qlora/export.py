@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch.nn.functional import log_softmax
 from transformers import GenerationConfig
 
 from qlora.commands import choose_device
-from qlora.config import ExportConfig
+from qlora.config import ExportConfig, RowFormat
 from qlora.data.formatting import Formatting
 from qlora.errors import InputError, first_line
 from qlora.evaluation import llama_cpp
@@ -118,10 +119,18 @@ def choose_output(config: ExportConfig) -> tuple[Path, Path]:
 
 
 def formatting(config: ExportConfig, tokenizer) -> Formatting:
-    """How prompts are written: as --dataset_format says, as trained, or as the tokenizer suggests."""
+    """How prompts are written: as --dataset_format says, as trained, or as the tokenizer suggests.
+
+    Raises InputError if the row format of the training is unknown.
+    """
     row_format = config.dataset_format
     if row_format == "auto" and (Path(config.model) / SETTINGS).is_file():
         row_format = load_settings(config.model).get("dataset_format", "auto")
+        if row_format not in get_args(RowFormat):
+            raise InputError(
+                f"{SETTINGS} of --model {config.model} has the unknown dataset_format {row_format!r}: give "
+                "the right one with --dataset_format"
+            )
     if row_format == "auto":
         row_format = "messages" if tokenizer.chat_template else "text"
     return Formatting(row_format)

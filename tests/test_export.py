@@ -399,6 +399,19 @@ def test_the_gguf_file_is_in_place_before_the_modelfile(model_folder, monkeypatc
     assert renamed == ["merged-f16.gguf", "merged-f16.Modelfile"]
 
 
+def test_incomplete_weights_are_refused(model_folder):
+    folder = model_folder()
+    weights = load_file(folder / "model.safetensors")
+    for part in ("up_proj", "down_proj"):
+        del weights[f"model.layers.1.mlp.{part}.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    before = sorted(folder.iterdir())
+    message = r"incomplete: model\.layers\.1\.mlp\.up_proj\.weight is missing \(1 more\)"
+    with pytest.raises(SystemExit, match=message):
+        exported(folder)
+    assert sorted(folder.iterdir()) == before
+
+
 def test_without_gguf_the_error_says_what_to_install(model_folder, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("qlora.model.gguf_")]:
         monkeypatch.delitem(sys.modules, name)
@@ -433,6 +446,15 @@ def test_the_modelfile_asks_as_the_training_did(model_folder, capsys):
     assert 'PARAMETER stop "</s>"\n' in lines and "PARAMETER num_ctx 256\n" in lines
     assert "PARAMETER temperature 0\n" in lines
     assert "not compared with the model: llama-cpp-python is not installed" in capsys.readouterr().out
+
+
+def test_an_unknown_row_format_of_the_training_is_refused(model_folder):
+    folder = model_folder()
+    (folder / SETTINGS).write_text(json.dumps({"dataset_format": "sharegpt"}))
+    with pytest.raises(SystemExit, match=r"generate_defaults\.json .*'sharegpt'.* --dataset_format"):
+        exported(folder)
+    assert not list(folder.glob("merged-*"))
+    exported(folder, "f32", "--dataset_format", "alpaca")
 
 
 CHATML = (

@@ -10,6 +10,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora.errors import InputError
@@ -63,7 +64,10 @@ class GgufTensor:
 
 
 def gguf_tensors(weights: Weights, config, kind: str) -> list[GgufTensor]:
-    """How a file of the `kind` f32, f16 or q8_0 holds each weight; raises InputError for an unknown one."""
+    """How a file of the `kind` f32, f16 or q8_0 holds each weight.
+
+    Raises InputError if one has no name in GGUF, or is missing.
+    """
     names = _tensor_names(weights, config)
     return [
         GgufTensor(name, gguf_name, shape := weights.shape(name), _kept_as(gguf_name, shape, kind))
@@ -151,7 +155,11 @@ def _rope_factors(config) -> np.ndarray | None:
 
 
 def _tensor_names(weights: Weights, config) -> dict[str, str]:
-    """Name in GGUF of each tensor of the model's files; raises InputError for one that has none."""
+    """Name in GGUF of each tensor of the model's files.
+
+    Raises InputError for one that has none, and if the model has a weight that is not in its files:
+    transformers would put random values in its place.
+    """
     known = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
     names = {}
     for name in weights.files:
@@ -163,6 +171,19 @@ def _tensor_names(weights: Weights, config) -> dict[str, str]:
         if gguf_name is None:
             raise InputError(f"llama.cpp has no name for the weight {name}")
         names[name] = gguf_name
+    with torch.device("meta"):  # the names without the memory
+        model = AutoModelForCausalLM.from_config(config)
+    found = set(names.values())
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if known.get_name(name, try_suffixes=(".weight", ".bias")) not in found
+    ]
+    if missing:
+        more = f" ({len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise InputError(
+            f"the files of --model are incomplete: {missing[0]} is missing{more}: copy or download them again"
+        )
     return names
 
 
