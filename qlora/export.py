@@ -206,7 +206,7 @@ def check_tokens(tokens: list[list[int]], tokenizer) -> None:
 def describe_prompt(ids: list[int], other_ids: list[int], tokenizer) -> str:
     """A warning if a prompt as it was trained has other tokens in llama.cpp, else "".
 
-    So it is with some tokenizers after a special token. Nothing in a GGUF file could help.
+    Some tokenizers do this after a special token; no GGUF setting fixes it.
     """
     if ids == other_ids:
         return ""
@@ -218,7 +218,7 @@ def first_difference(ids: list[int], other_ids: list[int], tokenizer) -> str:
     """The first tokens that differ."""
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ids, other_ids))))
     one, other = (tokenizer.convert_ids_to_tokens(tokens[same : same + 3]) for tokens in (ids, other_ids))
-    return f"{one} are {other} there"
+    return f"expected {one}, llama.cpp gives {other}"
 
 
 def model_predictions(config: ExportConfig, rows: list[torch.Tensor]) -> list[Prediction]:

@@ -37,7 +37,7 @@ MARKERS = {"guanaco": ("### Human:", "### Assistant:"), "llama2": ("[INST]", "[/
 # Begins what turn_template() returns.
 TURN_TEMPLATE_MARK = "{# asks as the rows of text did that the adapter was trained on #}"
 # Begins what format_template() returns for formats without earlier turns.
-PROMPT_TEMPLATE_MARK = "{# asks as the rows did that the model was trained on #}"
+PROMPT_TEMPLATE_MARK = "{# writes prompts in the format of the training rows #}"
 
 
 def detect_format(rows: list[dict], text_field: str) -> str | None:
@@ -208,7 +208,7 @@ def format_template(row_format: str, tokenizer) -> str | dict[str, str] | None:
     begins = _written_bos(tokenizer) if adds_bos_itself(tokenizer) else ""
     return (
         f"{PROMPT_TEMPLATE_MARK}{{% if messages[-1]['role'] == 'assistant' %}}"
-        "{{ raise_exception('the last message is no question') }}{% endif %}"
+        "{{ raise_exception('the last message must come from the user') }}{% endif %}"
         f"{{{{ {json.dumps(begins + before)} + {question} + {json.dumps(after)} }}}}"
     )
 

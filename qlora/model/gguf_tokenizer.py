@@ -158,10 +158,8 @@ def check_sentencepiece(definition: dict, merges: list[tuple[str, str]]) -> None
     This holds for a list made from a SentencePiece model: all ways to join two tokens into a third, ordered
     by the third.
     """
-    vocabulary, added = (
-        definition["model"]["vocab"],
-        {token["content"] for token in definition["added_tokens"]},
-    )
+    vocabulary = definition["model"]["vocab"]
+    added = {token["content"] for token in definition["added_tokens"]}
     if missing := [token for token in BYTE_TOKENS if token not in vocabulary]:
         raise InputError(f"the tokenizer has byte fallback, but no token {missing[0]}: {CONVERTER}")
     listed = set(merges)

@@ -36,13 +36,12 @@ class ChatTexts:
     after_question: str
     before_answer: str | None  # of an earlier answer, after after_question; None if a prompt has no history
     between: str  # an earlier answer and the next question
-    system: (
-        tuple[str, str] | None
-    )  # around the system message, then instead of start; None if there can be none
+    # Around the system message; the second then replaces start. None if there can be no system message.
+    system: tuple[str, str] | None
 
 
 def read_chat_texts(writer: PromptWriter) -> ChatTexts | None:
-    """How prompts are written, as seen from a few; None if not every turn is written alike."""
+    """How prompts are written, as seen from a few; None if turns are not all written the same way."""
     try:
         first = _written(writer, [("user", QUESTION)])
         later = _written(writer, [("user", QUESTION), ("assistant", ANSWER), ("user", NEXT_QUESTION)])
@@ -101,10 +100,9 @@ def modelfile(gguf_name: str, writer: PromptWriter, context: int, stops: list[st
     if template:
         lines.append(f'TEMPLATE """{template}"""')
     else:
-        lines.append(
-            "# No TEMPLATE: the chat template has no equivalent of one text around every turn. Ollama then"
-        )
-        lines.append("# reads the template in the GGUF file, as far as it knows it: compare the answers.")
+        reason = "does not wrap every turn in the same text" if texts is None else 'writes {{, }} or """'
+        lines.append(f"# No TEMPLATE: this chat template {reason}, so it cannot be written in Go.")
+        lines.append("# Ollama reads the one in the GGUF file, if it knows it: compare the answers.")
     lines += [f'PARAMETER stop "{stop}"' for stop in stops if '"' not in stop]
     lines.append(f"PARAMETER num_ctx {min(context, MAX_CONTEXT)}")
     lines += ["# The most likely token each time, as generate.py.", "PARAMETER temperature 0"]

@@ -101,7 +101,7 @@ def test_an_alpaca_question_is_the_instruction_and_a_system_message_is_left_out(
     loaded = saved(tmp_path / "saved", tokenizer, "alpaca")
     chat = turns("Name a tree.", system="Be brief.")
     assert loaded.apply_chat_template(chat, tokenize=False) == "<s>" + ALPACA
-    with pytest.raises(Exception, match="the last message is no question"):
+    with pytest.raises(Exception, match="the last message must come from the user"):
         loaded.apply_chat_template(turns("Name a tree.", "Oak"), tokenize=False)
 
 
