@@ -20,7 +20,7 @@ demo: .venv/installed-demo $(filter outputs/%,$(DEMO_MODEL))  ## teach SmolLM2-1
 	$(BIN)/python -m qlora.evaluate --model $(DEMO_MODEL) --adapter outputs/demo \
 		--dataset outputs/demo-rows/held_out.jsonl --general_dataset demo/general.txt \
 		--prompts_file outputs/demo-rows/held_out.jsonl --json --samples 3 --max_new_tokens 48 --batch_size 30
-	@cat demo/next-steps.txt
+	@sed 's|DEMO_MODEL|$(DEMO_MODEL)|' demo/next-steps.txt
 
 # Made once. `make demo DEMO_MODEL=HuggingFaceTB/SmolLM2-135M-Instruct` takes the hub's own instead.
 outputs/SmolLM2-135M-Instruct: | .venv/installed-demo

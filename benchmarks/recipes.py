@@ -45,6 +45,8 @@ def write_rows(path: Path, recipe: str, rows: list[dict]) -> None:
     """The rows in the format of a recipe's dataset."""
     with open(path, "w") as file:
         for row in rows:
+            if not row.get("instruction") or "output" not in row:
+                sys.exit("--real: rows need the fields instruction and output, and may have input")
             question = "\n".join(filter(None, [row["instruction"], row.get("input")]))
             if recipe in WRITTEN:
                 row = {"text": WRITTEN[recipe].format(question=question, answer=row["output"])}

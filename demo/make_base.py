@@ -32,13 +32,14 @@ def make_base(folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as staging:  # all of it or nothing
-        model.to(torch.bfloat16).save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        os.chmod(staging, 0o755)
-        os.rename(staging, folder)
-        os.mkdir(staging)  # for TemporaryDirectory to remove
+        written = Path(staging) / folder.name
+        model.to(torch.bfloat16).save_pretrained(written)
+        tokenizer.save_pretrained(written)
+        os.rename(written, folder)
     print(f"{folder}: {model.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python demo/make_base.py FOLDER")
     make_base(Path(sys.argv[1]))

@@ -128,4 +128,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python demo/make_rows.py FOLDER")
     main(Path(sys.argv[1]))

@@ -106,7 +106,8 @@ class TrainConfig(Flags):
         "default",
         "How the adapter starts; the base stays as it is. default: A uniform, B 0. gaussian: A normal, B 0. "
         "loftq: a low-rank correction of each weight's quantization error (arXiv 2310.08659). qera: the "
-        "same, minimizing the error of each layer's output on training rows (arXiv 2410.06040).",
+        "same, minimizing the error of each layer's output on training rows (arXiv 2410.06040). Both want a "
+        "smaller learning rate: docs/quality.md.",
         excludes="--adapter, which has its weights",
     )
 

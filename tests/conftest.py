@@ -99,11 +99,17 @@ def adapter(base, rows_file, tmp_path_factory):
 
 
 @pytest.fixture
-def run(base, rows_file, tmp_path):
-    """Run train.py's train() on the tiny base in this process; returns (model, output folder)."""
+def run(base, rows_file, tmp_path, monkeypatch):
+    """Run train.py's train() on the tiny base in this process; returns (model, output folder).
+
+    Its pictures are empty files and its garbage stays: each would take a quarter of the time of a short run.
+    """
     import train
     from qlora.config import TrainConfig
     from qlora.flags import parse_args
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: None)
+    monkeypatch.setattr("gc.collect", lambda generation=2: 0)
 
     def run(*flags: str, out: str = "out", model: str = base, dataset: str = rows_file):
         flags = [word for flag in flags for word in flag.split()]

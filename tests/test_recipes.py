@@ -110,7 +110,8 @@ DATA = {
 @cache
 def sections() -> dict[str, str]:
     """The text of each system, by its letter."""
-    return {text[0]: text for text in re.split(r"^## ", RECIPES.read_text(), flags=re.MULTILINE)[1:]}
+    parts = re.split(r"^## ", RECIPES.read_text(), flags=re.MULTILINE)
+    return {part[0]: part for part in parts if re.match(r"[A-Z]\. ", part)}
 
 
 @cache
