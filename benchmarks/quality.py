@@ -265,11 +265,12 @@ def print_tables(options: argparse.Namespace) -> None:
             losses = [result["loss"] for result in of_rate if result["key"][3] == "real"]
             exact = [result["exact_match"] for result in of_rate if result["key"][3] == "task"]
             if variant.table == table and losses:
-                spread = f"{statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
-                answers = (
-                    f"{statistics.mean(exact):.0%} ({min(exact):.0%} to {max(exact):.0%})" if exact else "-"
-                )
-                print(f"| {variant.name} | {rate:g} | {spread} | {answers} |")
+                answers = mean_and_range(exact, ".0%") if exact else "-"
+                print(f"| {variant.name} | {rate:g} | {mean_and_range(losses, '.4f')} | {answers} |")
+
+
+def mean_and_range(values: list[float], form: str) -> str:
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main() -> None:
