@@ -6,6 +6,7 @@ from datetime import date
 import bitsandbytes as bnb
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -15,6 +16,7 @@ from qlora.errors import InputError, first_line
 from qlora.model.adapter import adapter_file, check_adapter, saved_chat_template
 
 REMOTE_CODE = "transformers_modules"  # the package of classes that come with a model
+FLAT = "flat_4bit"  # a decoder layer's parameter in a sharded base: the bytes of all its 4-bit weights
 
 
 def load_config(model: str, trust_remote_code: bool = False):
@@ -67,26 +69,44 @@ def load_base(
 
     A 4-bit checkpoint is loaded as it is. Unquantized weights get `dtype`. Raises InputError.
     """
-    stored = getattr(load_config(model, trust_remote_code), "quantization_config", None)
     options = {"dtype": dtype, "device_map": {"": device}, "trust_remote_code": trust_remote_code}
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-        is_4bit = stored.get("load_in_4bit") if isinstance(stored, dict) else stored.load_in_4bit
-        if method != "bitsandbytes" or not is_4bit:
-            raise InputError(
-                f"{model} is already quantized with {method}: give the original model, or one quantized to "
-                "4 bits with bitsandbytes"
-            )
-        if not load_in_4bit:
-            raise InputError(f"{model} is already 4-bit: --no_load_in_4bit needs the original model")
-    elif load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant_type,
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    is_stored_in_4bit = check_stored(model, load_config(model, trust_remote_code), load_in_4bit)
+    if load_in_4bit and not is_stored_in_4bit:
+        options["quantization_config"] = quantization(dtype, quant_type, double_quant)
     base = _from_hub(AutoModelForCausalLM, model, use_safetensors=True, **options)  # pickles can run code
+    prepare_base(base, dtype)
+    return base
+
+
+def check_stored(model: str, config, load_in_4bit: bool = True) -> bool:
+    """Whether the model is stored in 4 bits; raises InputError if it cannot be loaded as it is stored."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return False
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    is_4bit = stored.get("load_in_4bit") if isinstance(stored, dict) else stored.load_in_4bit
+    if method != "bitsandbytes" or not is_4bit:
+        raise InputError(
+            f"{model} is already quantized with {method}: give the original model, or one quantized to "
+            "4 bits with bitsandbytes"
+        )
+    if not load_in_4bit:
+        raise InputError(f"{model} is already 4-bit: --no_load_in_4bit needs the original model")
+    return True
+
+
+def quantization(dtype: torch.dtype, quant_type: str, double_quant: bool) -> BitsAndBytesConfig:
+    """What quantizes the linear layers of an unquantized model while it is loaded."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def prepare_base(base, dtype: torch.dtype) -> None:
+    """Set what a base that was just loaded computes with, and how it generates."""
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = dtype  # a 4-bit checkpoint brings its own
@@ -99,7 +119,6 @@ def load_base(
     # Sampling follows generate.py's flags. transformers would silently add the model's own temperature, beams
     # and penalties. Keep only the tokens that end an answer.
     base.generation_config = GenerationConfig(eos_token_id=base.generation_config.eos_token_id)
-    return base
 
 
 def trainable_weights(model) -> list[tuple[str, torch.nn.Parameter]]:
@@ -116,24 +135,35 @@ def trainable_weights(model) -> list[tuple[str, torch.nn.Parameter]]:
 
 def quantized_share(model) -> float:
     """Share of the frozen parameters that are held in 4 bits."""
-    total = in_4bit = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            in_4bit += state.shape.numel()
-            total += state.shape.numel()
-        elif not parameter.requires_grad:
-            total += parameter.numel()
-    return in_4bit / total
+    in_4bit, others = count_frozen(model)
+    return in_4bit / (in_4bit + others)
+
+
+def count_frozen(model) -> tuple[int, int]:
+    """How many frozen parameters the model has in 4 bits, and how many others, on all ranks together."""
+    in_4bit = others = 0
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            in_4bit += module.in_features * module.out_features
+    for name, parameter in model.named_parameters():
+        is_in_4bit = isinstance(parameter, bnb.nn.Params4bit) or name.endswith(FLAT)
+        if not is_in_4bit and not parameter.requires_grad:
+            others += parameter.numel()
+    return in_4bit, others
+
+
+def is_sharded(model) -> bool:
+    """Whether each rank has only a part of the frozen weights."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def base_memory_bytes(model) -> int:
-    """Bytes of the frozen weights, including the constants of their quantization."""
+    """Bytes of the frozen weights, including the constants of their quantization, that this rank holds."""
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
             continue
-        total += parameter.nbytes
+        total += (parameter.to_local() if isinstance(parameter, DTensor) else parameter).nbytes
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             total += sum(value.nbytes for value in state.as_dict(packed=True).values())

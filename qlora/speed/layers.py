@@ -73,9 +73,8 @@ def set_up_layers(
             # Non-reentrant: the reentrant kind needs an input that requires a gradient.
             train = partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=is_random)
         if is_checkpointed and offload:
-            weights = [*layer.parameters(), *layer.buffers()]
-            is_trained = any(weight.requires_grad for weight in weights)
-            train = partial(_offloaded, train, host, _addresses(weights), is_trained)
+            is_trained = any(weight.requires_grad for weight in layer.parameters())
+            train = partial(_offloaded, train, host, layer, is_trained)
         layer.forward = _by_mode(train, plain)
 
 
@@ -115,14 +114,14 @@ def _addresses(tensors: list[torch.Tensor]) -> set[int]:
     return {tensor.data_ptr() for tensor in tensors}
 
 
-def _offloaded(train, host: "HostActivations", weights: set[int], is_trained: bool, *args, **kwargs):
+def _offloaded(train, host: "HostActivations", layer, is_trained: bool, *args, **kwargs):
     """Run a checkpointed layer. The floating-point tensors that it keeps go to the host, but for its weights
-    (given by their addresses) and its arguments after the first."""
+    and its arguments after the first."""
     inputs = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
     if not is_trained and not any(tensor.requires_grad for tensor in inputs):
         return train(*args, **kwargs)  # no backward pass will ask for them
-    # Autograd keeps the hooks, so they must not hold a tensor.
-    others = weights | _addresses(inputs[1:])
+    # Autograd keeps the hooks, so they must not hold a tensor. Sharded weights are elsewhere in each pass.
+    others = _addresses([*layer.parameters(), *layer.buffers(), *inputs[1:]])
     kept = KeptByLayer()
 
     def pack(tensor: torch.Tensor):
