@@ -4,15 +4,14 @@ forward_backward() trains on one micro-batch: the loss is there. run() sets up, 
 the optimizer steps. Flags: qlora/config.py. Worked changes: docs/changing-the-loop.md.
 """
 
-import gc
 import math
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 
+from qlora import ranks
 from qlora.config import TrainConfig
 from qlora.data.batch import to_device
 from qlora.data.loader import make_loader
@@ -23,7 +22,7 @@ from qlora.evaluation.samples import read_samples
 from qlora.evaluation.validation import Validation
 from qlora.flags import parse_args
 from qlora.model import initialization
-from qlora.model.adapter import add_adapter, check_base, load_adapter
+from qlora.model.adapter import add_adapter, load_adapter
 from qlora.model.base import load_base, load_config, load_tokenizer, trainable_weights
 from qlora.model.forward import choose_hidden_states
 from qlora.model.loss import target_logprobs
@@ -38,11 +37,13 @@ from qlora.run.folder import claim_folder
 from qlora.run.log import RunLog
 from qlora.run.stop import Rescue, Stop
 from qlora.run.terminal import command
+from qlora.speed import determinism
 from qlora.speed.attention import choose_attention
-from qlora.speed.determinism import use_deterministic_operations
+from qlora.speed.memory import frozen_heap
 from qlora.speed.nf4 import fuse_linears
 from qlora.speed.plan import plan_layers
 from qlora.speed.rehearsal import Rehearsal
+from qlora.speed.sharding import load_sharded_base
 
 
 def forward_backward(model, batch, step_targets, hidden_states, autocast, scaler):
@@ -66,7 +67,7 @@ def evaluate(model, validation, samples, log, progress, keep_best, stop):
     if loss is None:  # stopped
         return False
     progress.owes_evaluation = False
-    answers = samples.ask(model, validation.autocast, stop.is_due, log.say) if samples else None
+    answers = samples.ask(model, validation.autocast, stop.has_reason, log.say) if samples else None
     log.evaluation(loss, answers, **progress.position())
     return keep_best and progress.record_best(loss)
 
@@ -87,15 +88,14 @@ def load_data(config: TrainConfig, today=None):
 
 def load_model(config: TrainConfig, dtype: torch.dtype, device: torch.device, fingerprint: Fingerprint):
     """The 4-bit base with a LoRA adapter, a new one or that of --adapter, in training mode."""
-    base = load_base(
-        config.model, dtype, device, config.load_in_4bit, config.bnb_4bit_quant_type,
-        config.bnb_4bit_use_double_quant, config.trust_remote_code,
-    )  # fmt: skip
-    fingerprint.add_base(config.model)
-    transformers.set_seed(config.seed)  # before the adapter, whose first weights are random
+    how = config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant, config.trust_remote_code
+    if config.shard:  # each rank keeps a part of it
+        base = load_sharded_base(config.model, dtype, device, *how, config.shard_cpu_offload)
+    else:
+        base = load_base(config.model, dtype, device, config.load_in_4bit, *how)
+    fingerprint.add_base(config.model, config.adapter)
+    torch.manual_seed(config.seed)  # before the adapter, whose first weights are random
     if config.adapter:
-        if "base" not in config.allow_changes:
-            check_base(config.adapter, fingerprint.values["base"], "--allow_changes base")
         model = load_adapter(base, config.adapter, is_trainable=True)
     else:
         model = add_adapter(
@@ -109,35 +109,37 @@ def load_model(config: TrainConfig, dtype: torch.dtype, device: torch.device, fi
 def train(config: TrainConfig):
     """Train; returns the model. Raises InputError, or SystemExit after a checkpoint if stopped."""
     stop = Stop(config.max_hours)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config.check_device(device.type)
-    if config.push_to_hub:  # checked now, not hours later
-        config.hub_model_id = hub.check_hub(config.repository, config.hub_private_repo)
     folder = None if config.plan_only else Path(config.output_dir)
-    with claim_folder(
-        folder, config.resume_from_checkpoint, config.overwrite_output_dir, config.adapter
-    ) as checkpoint:
-        return run(config, device, stop, checkpoint)
+    with ranks.connected(config.distributed_timeout) as device:  # the other processes of torchrun, if any
+        config.check_device(device.type)
+        if config.push_to_hub and ranks.is_first():  # checked now, not hours later
+            config.hub_model_id = hub.check_hub(config.repository, config.hub_private_repo)
+        with claim_folder(
+            folder, config.resume_from_checkpoint, config.overwrite_output_dir, config.adapter
+        ) as checkpoint:
+            return run(config, device, stop, checkpoint)
 
 
 def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path | None):
     """Set up, then take the optimizer steps. With --plan_only, set up only as far as the memory plan."""
-    if config.full_determinism:
-        use_deterministic_operations()
+    determinism.use_deterministic_operations(config.full_determinism)
     dtype = getattr(torch, config.dtype)  # of matrix products; LoRA weights and their gradients are float32
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # else it does nothing
     batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    micro_batches = accumulation * ranks.count()  # in a step, over all GPUs
     # A resume compares what the training depends on with the checkpoint, each part as soon as it is known.
     fingerprint = Fingerprint(checkpoint, config.compared_values(), config.allow_changes, config.shape_flags)
+    fingerprint.add_global_batch(batch_size * micro_batches, batch_size)
 
     # Data before the model: a bad row should not cost the minutes that loading a model takes.
-    tokenizer, model_config, train_rows, validation_rows, stream = load_data(config, fingerprint.today)
+    with ranks.first_on_host():  # the others then find its cache
+        tokenizer, model_config, train_rows, validation_rows, stream = load_data(config, fingerprint.today)
+        report = data_report(train_rows, validation_rows, batch_size, micro_batches, config.seed)
     fingerprint.add_data(tokenizer, train_rows)
     samples = read_samples(  # prompts to answer at every evaluation; None without --sample_prompts
         config.sample_prompts, tokenizer, train_rows.formatting, model_config, config.sample_max_new_tokens
     )  # fmt: skip
-    report = data_report(train_rows, validation_rows, batch_size, accumulation, config.seed)
     print(start_screen.describe_data(config.dataset, train_rows, validation_rows, report, stream is not None))
 
     model = load_model(config, dtype, device, fingerprint)
@@ -159,14 +161,15 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     # Which packs of rows a step takes is a pure function of seed and step. Without packing, a pack is a row.
     pack_length = train_rows.max_length if config.packing and why_not_packed is None else None
     order = StepOrder(
-        train_rows.lengths, batch_size * accumulation, config.seed, config.group_by_length, pack_length,
+        train_rows.lengths, batch_size * micro_batches, config.seed, config.group_by_length, pack_length,
         train_rows.source_ids, config.dataset_weights,
     )  # fmt: skip
     fingerprint.add(**order.settings())
     shape = order.batch_shape(batch_size, train_rows.max_length if stream else None)  # of micro-batches
     total_steps = config.max_steps if config.max_steps > 0 else order.steps_until(config.num_train_epochs)
-    warmup_steps = config.warmup_steps or min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
-    schedule = Schedule(config.lr_scheduler_type, config.learning_rate, total_steps, warmup_steps)
+    schedule = Schedule(
+        config.lr_scheduler_type, config.learning_rate, total_steps, config.warmup_steps, config.warmup_ratio
+    )  # fmt: skip
     pad_id = tokenizer.eos_token_id  # padding is masked by position, so any id works
     validation = Validation(
         validation_rows, config.per_device_eval_batch_size, shape.tokens, pad_id, hidden_states, autocast,
@@ -195,14 +198,12 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
     progress = checkpoints.start(checkpoint, total_steps, fingerprint.of_rows(validation_rows))
     loader = make_loader(train_rows, order, shape, pad_id, total_steps, stream, progress.place)
     print(start_screen.describe_steps(order, total_steps, batch_size, config.packing, why_not_packed, stream))
-    print(start_screen.describe_output(checkpoints, checkpoint, config.resume_from_checkpoint is not None))
+    print(start_screen.describe_output(checkpoints, checkpoint, config.resume_from_checkpoint))
     log = RunLog(checkpoints.output_dir, total_steps, progress.step, plan.graph_bytes)
     log.track(config.report_to, config.run_name, vars(config), is_resumed=checkpoint is not None)
     keep_best, first_step = config.load_best_model_at_end, progress.step
     evaluate_now = partial(evaluate, model, validation, samples, log, progress, keep_best, stop)
-    gc.collect()
-    gc.freeze()  # keep long-lived objects out of garbage-collection scans
-    with log, stop, Rescue(checkpoints, model, optimizer, log.say, stop):
+    with frozen_heap(), log, stop, Rescue(checkpoints, model, optimizer, log.say, stop):
         if progress.owes_evaluation:  # the run was stopped in the evaluation after this step
             log.begin(repeats_evaluation=True)
             if (evaluate_now() or progress.owes_evaluation) and not checkpoints.is_saved(first_step):
@@ -210,7 +211,6 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
             if progress.owes_evaluation:  # stopped in it again
                 stop.exit(checkpoints, log.say)
         for step in range(first_step, total_steps):
-            checkpoints.mark_boundary()  # should this step fail, the steps before it can still be saved
             started = time.perf_counter()
             learning_rate = schedule.lr_at(step)  # a pure function: a resume has nothing to restore
             for group in optimizer.param_groups:
@@ -221,14 +221,15 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
             step_data = loader.take(step, stop.is_due)  # all micro-batches, their targets and tokens counted
             seconds_waited = time.perf_counter() - started
             loss = torch.zeros((), device=device)  # summed there, so that the host need not wait
-            for batch in step_data.micro_batches:
-                batch = to_device(batch, device)
-                loss += train_batch(batch, step_data.targets, plan.hidden_states)
+            for number, batch in step_data.micro_batches.items():  # numbered over all ranks
+                determinism.seed_random_numbers(config.seed, step, number)  # dropout: a resume draws the same
+                loss += train_batch(to_device(batch, device), step_data.targets, plan.hidden_states)
             loader.prepare(step + 1)  # in a thread, while the device works
 
             if step == first_step:
                 flat.check_gradients(trainable)  # a weight without a gradient would silently never change
             flat.gather_gradients()
+            exchange_seconds = ranks.sum_(flat.gradient, loss)  # over all GPUs, in one message each
             scaler.unscale_(optimizer)  # before clipping, which must see the true gradients
             norm = flat.clip_grad_norm_(config.max_grad_norm or math.inf)
             step_loss, grad_norm = torch.stack([loss, norm]).tolist()  # waits for the device
@@ -242,14 +243,14 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
             seconds = time.perf_counter() - started
             if step == first_step:  # this run works, so an earlier one may be deleted
                 checkpoints.replace_earlier_run()
-                log.begin()
                 log.describe(vars(config), report)
             if spike := progress.record(
                 step_loss if is_finite else None, tokens=step_data.tokens, epochs=step_data.epochs,
                 place=step_data.place, seconds=seconds, seconds_waited=seconds_waited,
+                seconds_exchanged=exchange_seconds(),
             ):  # fmt: skip
                 log.say(spike)
-            checkpoints.mark_boundary()
+            checkpoints.mark_boundary()  # should the next step fail, all up to here can still be saved
             progress.check_skips(config.max_skipped_steps, step_loss, grad_norm, scaler)
             # Between two steps: log, evaluate, save, stop.
             log.step_done()
@@ -265,8 +266,8 @@ def run(config: TrainConfig, device: torch.device, stop: Stop, checkpoint: Path 
                 checkpoints.save(log.say)
             if is_stopping and (not is_last or progress.owes_evaluation):
                 stop.exit(checkpoints, log.say)
-    gc.unfreeze()
-    finish(config, checkpoints, plan, log)
+    if ranks.is_first():
+        finish(config, checkpoints, plan, log)
     return model
 
 

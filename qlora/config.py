@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from qlora import ranks
 from qlora.data.formatting import Formatting
 from qlora.data.sources import RowSource, parse_split
 from qlora.errors import InputError
@@ -220,14 +221,16 @@ class TrainConfig(Flags):
         limit=Limit(lambda value: value == -1 or value >= 1, "-1 (off) or at least 1"),
     )
     per_device_train_batch_size: int = flag(
-        4, "Sequences in one forward pass (a micro-batch): packs of rows, or single rows with --no_packing.",
+        4,
+        "Sequences in one forward pass (a micro-batch) on each GPU: packs of rows, or single rows with "
+        "--no_packing.",
         limit=AT_LEAST_1, resume="free", compares=("packs_per_step",),
     )
     gradient_accumulation_steps: int = flag(
         4,
-        "Micro-batches in one optimizer step. How a step is split into micro-batches does not change its "
-        "gradient. QLoRA took 16 rows per step for 7B and 13B: 4 x 4 with --no_packing. A packed sequence "
-        "holds several rows, so 4 x 4 packs are a larger step.",
+        "Micro-batches in one optimizer step, on each GPU. How a step is split into micro-batches does not "
+        "change its gradient. QLoRA took 16 rows per step for 7B and 13B: 4 x 4 with --no_packing. A packed "
+        "sequence holds several rows, so 4 x 4 packs are a larger step.",
         limit=AT_LEAST_1, resume="free", compares=("packs_per_step",),
     )
     learning_rate: float = flag(
@@ -400,6 +403,22 @@ class TrainConfig(Flags):
         "Checkpoints after that one are replaced.",
         resume="free", on_card=False, is_place=True,
     )
+    shard: bool = flag(
+        False,
+        "Under torchrun: each GPU keeps a part of the 4-bit base and gathers one layer at a time (PyTorch's "
+        "FSDP2), for models that one GPU cannot hold. See docs/several-gpus.md.",
+        resume="free", on_card=False,
+    )
+    shard_cpu_offload: bool = flag(
+        False, "Keep the parts in host memory, and copy them to the GPU a layer at a time. Much slower.",
+        needs="--shard", resume="free", on_card=False,
+    )
+    distributed_timeout: float = flag(
+        600.0,
+        "Under torchrun: seconds after which a process that does not answer counts as lost, and the run "
+        "saves a checkpoint and stops.",
+        limit=POSITIVE, resume="free", on_card=False,
+    )
     allow_changes: list[str] = flag(
         [],
         "Settings that may change on resume, by the names that a refusal lists. With --adapter: base, to "
@@ -439,6 +458,8 @@ class TrainConfig(Flags):
         checkpoints_layers = self.gradient_checkpointing != "none" and self.gradient_checkpointing.strip("0")
         if self.offload_activations == "on" and not checkpoints_layers:
             raise ValueError("--offload_activations on needs checkpointed layers: it moves what they keep")
+        if self.shard:
+            self._check_shard()
         if self.cuda_graphs and not self.packing:
             raise ValueError("--cuda_graphs needs packed rows: padded batches have many shapes")
         if self.packing and self.group_by_length:
@@ -486,8 +507,28 @@ class TrainConfig(Flags):
         if self.data_report:
             raise ValueError("--data_report reads all rows, --streaming does not")
 
+    def _check_shard(self) -> None:
+        if not self.load_in_4bit or self.use_dora or self.init_lora_weights in ("loftq", "qera"):
+            raise ValueError(
+                "--shard takes a 4-bit base, and neither --use_dora nor --init_lora_weights loftq or qera: "
+                "these read weights of which a GPU has only a part"
+            )
+        if self.cuda_graphs:
+            raise ValueError("--cuda_graphs and --shard exclude each other: weights move at every step")
+
     def check_device(self, device_type: str) -> None:
-        """Raise InputError if a flag needs a CUDA GPU and there is none."""
+        """Raise InputError if a flag needs a CUDA GPU or several processes, and they are not there, or if
+        these were started with different flags."""
+        flags = {name: value for name, value in vars(self).items() if name not in MAY_DIFFER_BETWEEN_RANKS}
+        of_first, *of_others = ranks.gather(flags)
+        for number, of_other in enumerate(of_others, 1):
+            if differing := [f"--{name}" for name in flags if of_other[name] != of_first[name]]:
+                raise InputError(
+                    f"process {number} was started with another {' and '.join(differing)} than process 0: "
+                    "start the same command on all hosts"
+                )
+        if self.shard and ranks.count() == 1:
+            raise InputError("--shard needs several processes: torchrun --nproc-per-node 2 train.py ...")
         if device_type == "cuda":
             return
         for field in fields(self):
@@ -543,6 +584,10 @@ class TrainConfig(Flags):
         }
 
 
+# What stands where on a host; a run compares the content.
+MAY_DIFFER_BETWEEN_RANKS = {
+    "model", "adapter", "dataset", "validation_dataset", "chat_template", "sample_prompts", "output_dir",
+}  # fmt: skip
 # Names of settings and flags by what their metadata says, for modules that only have a run's saved flags.
 KEPT_SETTINGS = [field.metadata["kept_as"] for field in fields(TrainConfig) if field.metadata["kept_as"]]
 PLACE_FLAGS = flag_names(TrainConfig, "is_place")

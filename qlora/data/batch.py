@@ -31,16 +31,16 @@ def micro_batches(
     pad_id: int,
     pack_length: int | None = None,
     starts: int = 0,
-    is_filled: bool = False,
+    multiple: int = 1,
 ) -> list[dict[str, torch.Tensor]]:
     """The packs of one step as batches of at most `batch_size` packs, in the order given.
 
-    With `is_filled` empty packs complete the last batch, so that every batch has the same shape.
+    Empty packs bring the number of packs to a multiple of `multiple`: of `batch_size`, for example, so that
+    every batch has the same shape.
     """
     pairs = iter(rows.fetch([row for pack in packs for row in pack]))  # one read for the whole step
     filled = [[next(pairs) for _ in pack] for pack in packs]
-    if is_filled:
-        filled += [[] for _ in range(-len(filled) % batch_size)]
+    filled += [[] for _ in range(-len(filled) % multiple)]
     return [
         collate(filled[start : start + batch_size], pad_id, pack_length, starts)
         for start in range(0, len(filled), batch_size)
@@ -65,7 +65,8 @@ def collate(
     they restart, filled up with packs * length to at least `starts` entries so that the shape repeats. If
     `starts` is 0 and no pack has two rows there is nothing to keep apart, and no seq_starts.
     """
-    length = padded_length(pack_length or max(sum(len(ids) for ids, _ in pack) for pack in packs))
+    longest = max(sum(len(ids) for ids, _ in pack) for pack in packs)
+    length = padded_length(pack_length or max(longest, 1))  # all packs may be empty
     input_ids = torch.full((len(packs), length), pad_id)
     labels = torch.full((len(packs), length), IGNORE_INDEX)
     row_starts = []

@@ -10,6 +10,7 @@ from threading import Thread
 
 import torch
 
+from qlora import ranks
 from qlora.data.batch import BatchShape, micro_batches
 from qlora.data.order import StepOrder
 from qlora.data.stream import RowStream, Window
@@ -26,9 +27,11 @@ class WaitStopped(Exception):
 class StepData:
     """What one optimizer step trains on."""
 
-    micro_batches: list[dict[str, torch.Tensor]]  # as collate makes them; page-locked if there is a GPU
-    targets: int  # trained tokens of all micro-batches: what the step's loss is divided by
-    tokens: int  # without padding
+    # This rank's share, as collate makes them, by their numbers in the whole step. Page-locked if there is a
+    # GPU.
+    micro_batches: dict[int, dict[str, torch.Tensor]]
+    targets: int  # trained tokens of the whole step, of all ranks: what its loss is divided by
+    tokens: int  # likewise, without padding
     epochs: float  # completed once the step is done
     place: dict | None = None  # when streaming: the fields of a Place, for the checkpoint
 
@@ -59,14 +62,15 @@ class StepLoader:
             self._coming_step, self._coming = step, in_background(self.make, step)
 
     def take(self, step: int, should_stop: Callable[[], bool] = lambda: False) -> StepData:
-        """The data of a step; waits until it is ready, and raises what went wrong while making it.
+        """The data of a step; waits until all ranks have theirs, and raises what went wrong while making it.
 
-        Raises WaitStopped if `should_stop()`, asked again and again, is true before the data is ready.
+        Raises WaitStopped if `should_stop()`, asked again and again, is true before the data is ready. All
+        ranks must give the same answer to it.
         """
         if self._coming_step != step:
             self.prepare(step)
         # Not result(timeout=...): its TimeoutError could also be one of the network.
-        while not wait([self._coming], POLL_SECONDS).done:
+        while ranks.any_true(not wait([self._coming], POLL_SECONDS).done):
             if should_stop():
                 raise WaitStopped
         return self._coming.result()
@@ -133,14 +137,22 @@ def make_loader(
 
 
 def make_step(rows: TokenizedRows, order: StepOrder, shape: BatchShape, pad_id: int, step: int) -> StepData:
-    """The data of step `step` of an order over `rows`."""
+    """The data of step `step` of an order over `rows`.
+
+    Each rank makes all micro-batches, which costs little, and so knows the targets of the others. Of every
+    `ranks.count()` consecutive ones it keeps one; empty packs complete the last of them.
+    """
     packs = order.packs(step)
-    batches = micro_batches(rows, packs, shape.packs, pad_id, order.pack_length, shape.starts, is_filled=True)
-    if torch.cuda.is_available():  # page-locked memory, or the copy to the GPU makes the host wait
-        batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
+    batches = micro_batches(
+        rows, packs, shape.packs, pad_id, order.pack_length, shape.starts, shape.packs * ranks.count()
+    )
     targets = sum(len(batch["target_ids"]) for batch in batches)
     tokens = sum(int(order.lengths[pack].sum()) for pack in packs)
-    return StepData(batches, targets, tokens, order.epochs_at(step + 1))
+    own = {number: batches[number] for number in range(ranks.number(), len(batches), ranks.count())}
+    if torch.cuda.is_available():  # page-locked memory, or the copy to the GPU makes the host wait
+        for batch in own.values():
+            batch.update({name: tensor.pin_memory() for name, tensor in batch.items()})
+    return StepData(own, targets, tokens, order.epochs_at(step + 1))
 
 
 def in_background(call: Callable, *arguments) -> Future:

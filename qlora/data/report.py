@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from qlora import ranks
 from qlora.data.batch import padded_length
 from qlora.data.order import StepOrder
 from qlora.data.segments import IGNORE_INDEX
@@ -20,7 +21,12 @@ def data_report(
     accumulation: int,
     seed: int,
 ) -> dict:
-    """The whole report as JSON values, for steps of `accumulation` micro-batches of `batch_size` rows."""
+    """The whole report as JSON values, for steps of `accumulation` micro-batches of `batch_size` rows.
+
+    Only the first rank makes it, and prints and saves it: it takes time and memory. Others get {}.
+    """
+    if not ranks.is_first():
+        return {}
     train = describe_rows(train_rows, batch_size, accumulation, seed)
     report = {"max_length": train_rows.max_length, "train": train}
     if validation_rows is not None:

@@ -7,6 +7,7 @@ from qlora.data.formatting import Formatting
 from qlora.errors import first_line
 from qlora.model.generation import PromptWriter, generate, read_prompts, room_for_prompt
 from qlora.speed.memory import is_out_of_memory
+from qlora.speed.sharding import forget_failed_pass
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Samples:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            forget_failed_pass(model)
             say(f"no samples at this evaluation: out of memory ({first_line(error)})")
             return None
 

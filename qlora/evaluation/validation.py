@@ -1,10 +1,13 @@
 """Validation loss: mean cross-entropy over all targets of the validation rows."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
 
+from qlora import ranks
 from qlora.data.batch import micro_batches, padded_length, to_device
 from qlora.data.tokenized import TokenizedRows
 from qlora.model.loss import target_logprobs
@@ -34,20 +37,21 @@ class Validation:
     ) -> float | None:
         """Mean cross-entropy in nats per target, whose exponential is the perplexity; None if stopped.
 
-        Draws no random number and leaves the model in its mode, so training goes on as if nothing had
-        happened. `should_stop` is asked before every batch. `batches` replace the object's own, in a progress
-        bar for example.
+        Each rank computes its share of the batches, and all get the result. Leaves the model in its mode, so
+        training goes on as if nothing had happened. `should_stop` is asked before every batch. `batches`
+        replace the object's own, in a progress bar for example.
         """
-        was_training = model.training
-        model.eval()
         total = torch.zeros((), dtype=torch.float64, device=model.device)
-        try:
-            for row_indices in self.batches if batches is None else batches:
+        waiting = iter(self.batches if batches is None else batches)
+        with evaluation_mode(model):
+            while turn := list(islice(waiting, ranks.count())):  # a batch for each rank
                 if should_stop():
                     return None
-                total += self._batch_loss(model, row_indices)
-        finally:
-            model.train(was_training)
+                # In the last turn, ranks without a batch of their own compute another's, but do not count it:
+                # a sharded base needs all ranks.
+                loss = self._batch_loss(model, turn[ranks.number() % len(turn)])
+                total += loss if ranks.number() < len(turn) else 0.0
+        ranks.sum_(total)
         return total.item() / self.rows.targets
 
     @torch.no_grad()
@@ -61,7 +65,19 @@ class Validation:
     def run_largest_batch(self, model) -> None:
         """Run the batch with the most tokens, padding included, for a rehearsal."""
         tokens = [len(batch) * padded_length(int(self.rows.lengths[batch[0]])) for batch in self.batches]
-        self.loss(model, batches=[self.batches[int(np.argmax(tokens))]])
+        with evaluation_mode(model):
+            self._batch_loss(model, self.batches[int(np.argmax(tokens))])
+
+
+@contextmanager
+def evaluation_mode(model) -> Iterator[None]:
+    """Without dropout; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def eval_batches(lengths: np.ndarray, batch_size: int, max_tokens: int) -> list[list[int]]:

@@ -98,12 +98,18 @@ def load_adapter(base, adapter: str, is_trainable: bool):
     return model
 
 
-def load_weights(folder: Path, model) -> None:
-    """Load a checkpoint's LoRA weights into the model; raises InputError if they do not fit."""
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's LoRA weights, for set_weights(). Raises InputError."""
     try:
-        loaded = set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+        return load_file(folder / ADAPTER)
     except (OSError, SafetensorError) as error:
         raise InputError(f"the adapter in {folder} cannot be read: {first_line(error)}") from error
+
+
+def set_weights(model, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Give the model the LoRA weights read from `folder`; raises InputError if they do not fit."""
+    try:
+        loaded = set_peft_model_state_dict(model, weights)
     except RuntimeError as error:  # shapes: its message has a line for each tensor
         raise InputError(
             f"the adapter in {folder} has other shapes than this run: {str(error).splitlines()[-1].strip()}"

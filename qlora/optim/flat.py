@@ -2,6 +2,7 @@
 
 import torch
 
+from qlora import ranks
 from qlora.errors import InputError
 
 
@@ -32,6 +33,7 @@ class FlatParameters:
         weights = self.parameters[0].new_zeros(sum(self.slots))
         for parameter, view in zip(self.parameters, self._views(weights)):
             parameter.data = view.copy_(parameter.data)
+        ranks.copy_from_first_(weights)  # equal gradients keep them equal from now on
         slots = iter(self.slots)
         self.group_sizes = [sum(next(slots) for _ in group["params"]) for group in groups]
         self.vectors = [torch.nn.Parameter(vector) for vector in weights.split(self.group_sizes)]
@@ -49,6 +51,7 @@ class FlatParameters:
             torch._foreach_copy_(views, gradients)  # a few launches for all of them
         for parameter in self.parameters:
             parameter.grad = None
+        self.gradient = gradient  # (all slots,) the gradients of all vectors, which are parts of it
         for vector, part in zip(self.vectors, gradient.split(self.group_sizes)):
             vector.grad = part
 
@@ -64,8 +67,7 @@ class FlatParameters:
 
     def gradients(self) -> list[torch.Tensor]:
         """Each parameter's part of the gathered gradients, in the order of `names`."""
-        first = self.vectors[0].grad  # the others lie behind it in the same memory
-        return self._views(first.as_strided((sum(self.slots),), (1,)))
+        return self._views(self.gradient)
 
     def check_gradients(self, trainable: list[tuple[str, torch.nn.Parameter]]) -> None:
         """Raise InputError if a trained weight is in no group, or if the backward pass has not reached it.
@@ -73,10 +75,12 @@ class FlatParameters:
         Either way it would silently never be trained. Call it before gather_gradients().
         """
         names = set(self.names)
-        for name, parameter in trainable:
+        for name, _ in trainable:
             if name not in names:
                 raise InputError(f"the trainable weight {name} is in no optimizer group")
-            if parameter.grad is None:
+        unreached = ranks.gather([name for name, parameter in trainable if parameter.grad is None])
+        for name in unreached[0]:
+            if all(name in others for others in unreached):  # an expert may have had tokens of one rank only
                 raise InputError(
                     f"the trainable weight {name} got no gradient in the first step: is its layer ever used?"
                 )

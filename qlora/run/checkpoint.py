@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -10,13 +9,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from qlora import ranks
 from qlora.errors import InputError, first_line
-from qlora.model.adapter import ADAPTER, HELD_OUT_FILE, load_weights, save_adapter
+from qlora.model.adapter import ADAPTER, HELD_OUT_FILE, read_weights, save_adapter, set_weights
 from qlora.optim.optimizer import optimizer_bytes, optimizer_tensors, restore_optimizer
 from qlora.run.files import check_space, damage, flush_folder, publish_folder, remove_folder, staged
 from qlora.run.progress import Progress
@@ -31,6 +30,9 @@ WRITE_ERRORS = (OSError, SafetensorError, MemoryError, torch.OutOfMemoryError)
 @dataclass
 class Checkpoints:
     """What a run saves in its `output_dir`: checkpoint-N folders for an exact resume, the adapter at the end.
+
+    No random state is among it: the loop seeds every micro-batch anew, by its number. Only the first rank
+    reads and writes: what it has read it sends to the others, which may not see its disk.
 
     A checkpoint gets its name once all of it is on disk, and nothing older is deleted before the new one has
     been read back. Whenever a save fails or is killed, existing checkpoints are untouched.
@@ -53,8 +55,6 @@ class Checkpoints:
     best_on_disk: tuple[float | None, int | None] = field(init=False, default=(None, None))  # loss, step
     replaced: list[Path] = field(init=False, default_factory=list)  # an earlier run's: this one replaces them
     is_torn: bool = field(init=False)  # the optimizer has begun an update that is not counted yet
-    random_states: dict[str, torch.Tensor] = field(init=False)  # as of the last boundary between steps
-    python_rng: tuple = field(init=False)  # likewise: the state of Python's own generator
 
     def __post_init__(self):
         self.mark_boundary()
@@ -68,6 +68,10 @@ class Checkpoints:
         """
         self.progress = self._restore(checkpoint) if checkpoint else Progress()
         step = self.progress.step
+        if not ranks.is_first():
+            self.progress = ranks.from_first(self.progress)
+            self.mark_boundary()
+            return self.progress
         self.replaced = [path for path in list_checkpoints(self.output_dir) if _step_of(path) > step]
         if step > total_steps or (step == total_steps and self.replaced):
             raise InputError(f"{checkpoint} is at step {step}, and this run has only {total_steps} steps")
@@ -82,14 +86,16 @@ class Checkpoints:
         self.progress.use_validation(validation, has_best)
         self.best_on_disk = self.progress.best_loss, self.progress.best_step
         self.mark_boundary()
-        return self.progress
+        return ranks.from_first(self.progress)
 
     def _restore(self, folder: Path) -> Progress:
-        """Restore weights, optimizer, scaler and random states; returns the progress."""
-        state = load_state(folder)
-        load_weights(folder, self.model)
+        """Restore weights, optimizer and scaler; returns the progress."""
+        state = ranks.from_first(load_state(folder) if ranks.is_first() else None)
+        weights = ranks.tensors_from_first(read_weights(folder) if ranks.is_first() else None)
+        set_weights(self.model, weights, folder)
         try:
-            tensors = load_file(folder / STATE_TENSORS)
+            tensors = load_file(folder / STATE_TENSORS) if ranks.is_first() else None
+            tensors = ranks.tensors_from_first(tensors)
             if state["parameters"] != self.parameter_names:
                 raise InputError(
                     f"{folder} lists its weights in another order: it was saved with other library versions "
@@ -103,9 +109,6 @@ class Checkpoints:
             restore_optimizer(self.optimizer, optimizer_state)
             if state["scaler"] and self.scaler.is_enabled():  # only float16 has one
                 self.scaler.load_state_dict(state["scaler"])
-            version, numbers, gauss = state["python_rng"]
-            random.setstate((version, tuple(numbers), gauss))
-            restore_random_states(tensors)
             # Whoever resumes has dealt with the skipped steps.
             return Progress(**state["progress"] | {"skipped_in_a_row": 0})
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -116,6 +119,8 @@ class Checkpoints:
     def replace_earlier_run(self) -> None:
         """Delete what an earlier run left: checkpoints after the first step of this one, the final
         adapter."""
+        if not ranks.is_first():
+            return
         try:
             (self.output_dir / ADAPTER).unlink(missing_ok=True)
             for path in self.replaced:
@@ -124,12 +129,11 @@ class Checkpoints:
             raise InputError(f"the earlier run in {self.output_dir} cannot be deleted: {error}") from error
 
     def mark_boundary(self) -> None:
-        """Mark a boundary between two steps: call it after every update and before every step.
+        """Mark a boundary between two steps: call it after every update, when it has been counted.
 
-        If the next step fails, the last complete one can still be saved, with the current random states.
+        If the next step fails, the last complete one can still be saved.
         """
         self.is_torn = False
-        self.random_states, self.python_rng = random_states(), random.getstate()
 
     def _mark_torn(self, *arguments) -> None:
         self.is_torn = True
@@ -141,13 +145,13 @@ class Checkpoints:
         return damage(self.folder(step)) is None
 
     def save(self, say: Callable[[str], None]) -> bool:
-        """Save the run between two steps; returns whether it is on disk. A failure does not end the run."""
-        if not self.progress.owes_evaluation:  # else a resumed run repeats it with the same random numbers
-            self.mark_boundary()
-        return self.save_last_complete_step(say)
+        """Save the last complete step; returns whether it is on disk. A failure does not end the run.
 
-    def save_last_complete_step(self, say: Callable[[str], None]) -> bool:
-        """The same in the middle of a step. Impossible if its update has begun: some weights are then new."""
+        Impossible in the middle of an update, when some weights are new: never between two steps, but an
+        error may have ended one.
+        """
+        if not ranks.is_first():
+            return True
         if self.is_torn:
             say(f"step {self.progress.step + 1} failed in the middle of its update: it cannot be saved")
             return False
@@ -173,13 +177,11 @@ class Checkpoints:
             tensors = {
                 f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()
             }
-            save_file({**tensors, **self.random_states}, staging / STATE_TENSORS)
-            version, numbers, gauss = self.python_rng
+            save_file(tensors, staging / STATE_TENSORS)
             state = {
                 "progress": asdict(self.progress),
                 "parameters": self.parameter_names,
                 "scaler": self.scaler.state_dict(),
-                "python_rng": [version, list(numbers), gauss],
                 "fingerprint": self.fingerprint,
                 "config": self.config,
             }
@@ -203,7 +205,7 @@ class Checkpoints:
         if problem := damage(self.folder(step)):
             say(f"{self.folder(step)} was the best, but {problem}: the adapter is that of the last step")
             return
-        load_weights(self.folder(step), self.model)
+        set_weights(self.model, read_weights(self.folder(step)), self.folder(step))
         say(f"the adapter is that of step {step}, the best: eval_loss {self.progress.best_loss:.4f}")
 
     def save_final_adapter(self, card: str) -> None:
@@ -237,9 +239,7 @@ def load_state(checkpoint: Path) -> dict:
     """The JSON part of a checkpoint, with the fingerprint of its run. Raises InputError."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
-        return {
-            name: state[name] for name in ("progress", "parameters", "scaler", "python_rng", "fingerprint")
-        }
+        return {name: state[name] for name in ("progress", "parameters", "scaler", "fingerprint")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{checkpoint / STATE} cannot be read: {error!r}") from error
 
@@ -285,27 +285,3 @@ def find_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
             "further with --adapter, into another folder, or delete it with --overwrite_output_dir"
         )
     return None
-
-
-def random_states() -> dict[str, torch.Tensor]:
-    """The random states of NumPy and PyTorch."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    tensors = {
-        "rng/torch": torch.get_rng_state(),
-        "rng/numpy_keys": torch.from_numpy(keys.astype(np.int64)),
-        "rng/numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def restore_random_states(tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what random_states() returned."""
-    torch.set_rng_state(tensors["rng/torch"])
-    if "rng/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
-    position, has_gauss, gauss = tensors["rng/numpy_rest"].tolist()
-    np.random.set_state(
-        ("MT19937", tensors["rng/numpy_keys"].numpy().astype(np.uint32), int(position), int(has_gauss), gauss)
-    )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from qlora import ranks
 from qlora.data.report import data_report, full_report, show_rows
 from qlora.errors import InputError
 from qlora.run.plots import save_lengths
@@ -21,6 +22,8 @@ def print_data_report(
     `kind` is text or json. For json, stdout holds nothing else, and the report and a histogram of the row
     lengths are also written to `output_dir`. Raises InputError.
     """
+    if not ranks.is_first():  # under torchrun one process does it
+        return 0
     with redirect_stdout(sys.stderr if kind == "json" else sys.stdout):
         tokenizer, _, train_rows, validation_rows, *_ = load_data()
         report = data_report(train_rows, validation_rows, batch_size, accumulation, seed)

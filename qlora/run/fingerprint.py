@@ -6,9 +6,10 @@ import os
 from datetime import date
 from pathlib import Path
 
+from qlora import ranks
 from qlora.data.tokenized import TokenizedRows
 from qlora.errors import InputError
-from qlora.model.adapter import BASE, HELD_OUT, lora_settings
+from qlora.model.adapter import BASE, HELD_OUT, check_base, lora_settings
 from qlora.model.weights import loaded_folder, weight_files
 from qlora.run.checkpoint import load_state
 
@@ -26,21 +27,37 @@ class Fingerprint:
 
     def __init__(self, checkpoint: Path | None, flags: dict, allowed: list[str], sets_shapes: list[str]):
         self.checkpoint = checkpoint
-        self.saved = load_state(checkpoint)["fingerprint"] if checkpoint else None
+        saved = load_state(checkpoint)["fingerprint"] if checkpoint and ranks.is_first() else None
+        self.saved = ranks.from_first(saved)
         self.allowed, self.sets_shapes = allowed, sets_shapes
         # The day the run began. Chat templates that write a date go on writing this one.
-        self.values = {"today": (self.saved or {}).get("today", date.today().isoformat())}
+        today = ranks.from_first(date.today().isoformat())
+        self.values = {"today": (self.saved or {}).get("today", today)}
         self.add(**flags)
 
     @property
     def today(self) -> date:
         return date.fromisoformat(self.values["today"])
 
+    def add_global_batch(self, packs_per_step: int, batch_size: int) -> None:
+        """Add the packs of rows in a step, of all ranks together; a refusal says which split would fit."""
+        saved = (self.saved or {}).get("packs_per_step", packs_per_step)
+        if saved != packs_per_step and "packs_per_step" not in self.allowed:
+            raise InputError(
+                f"{self.checkpoint} was saved with {saved} sequences in a step, over all GPUs; these flags "
+                f"make {packs_per_step}. {_advise_split(saved, batch_size, ranks.count())}, or accept the "
+                f"change with --allow_changes {' '.join([*self.allowed, 'packs_per_step'])}"
+            )
+        self.add(packs_per_step=packs_per_step)
+
     def add_data(self, tokenizer, train_rows: TokenizedRows) -> None:
         self.add(tokenizer=tokenizer_fingerprint(tokenizer), data=rows_fingerprint(train_rows))
 
-    def add_base(self, model: str) -> None:
+    def add_base(self, model: str, adapter: str | None = None) -> None:
+        """Add the base; raises InputError if an `adapter` to train further was trained on another one."""
         self.add(base=base_fingerprint(model))
+        if adapter is not None and "base" not in self.allowed:
+            check_base(adapter, self.values["base"], "--allow_changes base")
 
     def add_adapter(self, model) -> None:
         self.add(**lora_settings(model))
@@ -63,8 +80,17 @@ class Fingerprint:
         return kept | {BASE: self.values["base"]}
 
     def add(self, **values) -> None:
-        """Add values; raises InputError, naming them, if some differ from the checkpoint's."""
+        """Add values; raises InputError, naming them, if some differ from the checkpoint's, or between ranks:
+        hosts may have other files under the same names."""
         self.values |= values
+        of_first, *of_others = ranks.gather(values)
+        for number, of_other in enumerate(of_others, 1):
+            if differing := [name for name in values if of_other[name] != of_first[name]]:
+                names = " and ".join(differing)
+                raise InputError(
+                    f"process {number} has another {names} than process 0: start the same command, with the "
+                    "same files, on all hosts"
+                )
         if self.saved is None:
             return
         changed = {
@@ -118,6 +144,16 @@ def rows_fingerprint(rows: TokenizedRows) -> str:
     for column in (rows.column("digest"), rows.column("targets"), rows.lengths, rows.source_ids):
         digest.update(column.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _advise_split(packs: int, batch_size: int, processes: int) -> str:
+    """How to split a step of so many packs over so many processes, in micro-batches of at most that size."""
+    own, rest = divmod(packs, processes)
+    if rest:
+        fitting = [str(number) for number in range(1, packs + 1) if packs % number == 0]
+        return f"They cannot be split over {processes} processes: start {', '.join(fitting)}"
+    size = max(size for size in range(1, batch_size + 1) if own % size == 0)
+    return f"Keep them with --per_device_train_batch_size {size} --gradient_accumulation_steps {own // size}"
 
 
 def _describe_change(saved, value) -> str:

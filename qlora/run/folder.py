@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qlora import ranks
 from qlora.errors import InputError
 from qlora.model.adapter import ADAPTER
 from qlora.run.checkpoint import find_checkpoint, list_checkpoints
@@ -16,12 +17,16 @@ def claim_folder(
 ) -> Iterator[Path | None]:
     """Lock the folder of a run and yield the checkpoint to resume from, None for a fresh start.
 
-    Without a folder, in a run that writes nothing, there is nothing to lock. Raises InputError if the folder
-    is not writable, in use, cannot hold checkpoints, or holds a run that this one would overwrite unasked.
-    Nothing of an earlier run is deleted yet: see Checkpoints.replace_earlier_run().
+    Only the first rank looks at the folder: the others may not see it. Without a folder, in a run that writes
+    nothing, there is nothing to lock. Raises InputError if the folder is not writable, in use, cannot hold
+    checkpoints, or holds a run that this one would overwrite unasked. Nothing of an earlier run is deleted
+    yet: see Checkpoints.replace_earlier_run().
     """
     if output_dir is None:
         yield None
+        return
+    if not ranks.is_first():
+        yield ranks.from_first(None)
         return
     make_folder(output_dir, f"--output_dir {output_dir}")
     with lock_folder(output_dir):
@@ -43,4 +48,4 @@ def claim_folder(
         if overwrite and adapter and Path(adapter).resolve().is_relative_to(home):
             raise InputError(f"--overwrite_output_dir would delete what --adapter {adapter} starts from")
         try_publishing(output_dir)
-        yield checkpoint
+        yield ranks.from_first(checkpoint)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from qlora import ranks
 from qlora.errors import InputError, first_line
 from qlora.run.files import replace_file
 from qlora.run.metrics import FLAGS_FILE, METRICS_FILE, perplexity, read_run_leniently, valid_lines
@@ -30,7 +31,10 @@ class RunLog:
         self.file = None
         self.has_lines = False  # written by this run
         self.has_lost_lines = False
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self.is_silent = not ranks.is_first()  # one rank writes for all
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=self.is_silent
+        )
         self.tracker = None
         self.graph_bytes = graph_bytes  # held by CUDA graphs, which PyTorch does not count
 
@@ -42,7 +46,7 @@ class RunLog:
 
     def track(self, report_to: str, name: str | None, config: dict, is_resumed: bool) -> None:
         """Send the same numbers to wandb, unless `report_to` is none; a resumed run continues its track."""
-        if report_to == "wandb":
+        if report_to == "wandb" and not self.is_silent:
             folder = self.path.parent
             self.tracker = Wandb(folder, name or folder.name, config, is_resumed)
 
@@ -51,7 +55,7 @@ class RunLog:
 
         With `repeats_evaluation`, also without that of the evaluation after `first_step`.
         """
-        if self.file is None:
+        if self.file is None and not self.is_silent:
             try:
                 _keep_until(self.path, self.first_step, repeats_evaluation)
                 self.file = open(self.path, "a", buffering=1)  # line-buffered: a kill loses no line
@@ -59,13 +63,17 @@ class RunLog:
                 self._lost_line(error)
 
     def describe(self, flags: dict, report: dict | None = None) -> None:
-        """Save next to metrics.jsonl what is trained: the flags, and a plot of the data report's lengths."""
+        """Open metrics.jsonl, and save next to it what is trained: the flags, and a plot of the data report's
+        lengths."""
+        self.begin()
         self._try(lambda: replace_file(self.path.with_name(FLAGS_FILE), json.dumps(flags, indent=2) + "\n"))
         if report is not None:
             self._try(lambda: save_lengths(report, self.path.with_name("lengths.png")))
 
     def _try(self, write: Callable[[], None]) -> None:
         """Write an optional file; a failure is only reported."""
+        if self.is_silent:
+            return
         try:
             write()
         # Of the disk, or of matplotlib, which may be missing or find no fonts.
@@ -126,6 +134,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print lines above the bar."""
+        if self.is_silent:
+            return
         self.bar.clear()
         print(text, flush=True)
         self.bar.refresh()

@@ -26,6 +26,8 @@ class Progress:
     window_tokens: int = 0
     window_seconds: float = 0.0
     window_waited: float = 0.0  # seconds that steps waited for their data
+    window_all_steps: int = 0  # skipped ones included
+    window_exchanged: float = 0.0  # seconds that steps spent summing their gradients over the ranks
 
     def record(
         self,
@@ -35,6 +37,7 @@ class Progress:
         epochs: float,
         seconds: float,
         seconds_waited: float = 0.0,
+        seconds_exchanged: float = 0.0,
         place: dict | None = None,
     ) -> str | None:
         """Count one step; returns a message if its loss is a spike.
@@ -48,6 +51,8 @@ class Progress:
         self.window_tokens += tokens
         self.window_seconds += seconds
         self.window_waited += seconds_waited
+        self.window_all_steps += 1
+        self.window_exchanged += seconds_exchanged
         if loss is None:
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
@@ -102,8 +107,11 @@ class Progress:
             "skipped_steps": self.skipped_steps,
             "loss_spikes": self.loss_spikes,
         }
+        if self.window_exchanged:  # several ranks
+            values["exchange_ms"] = 1000 * self.window_exchanged / self.window_all_steps
         self.window_steps, self.window_loss, self.window_tokens = 0, 0.0, 0
-        self.window_seconds = self.window_waited = 0.0
+        self.window_seconds = self.window_waited = self.window_exchanged = 0.0
+        self.window_all_steps = 0
         return values
 
     def position(self) -> dict[str, float]:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
+from qlora import ranks
 from qlora.data.order import StepOrder
 from qlora.data.report import short_report
 from qlora.data.stream import RowStream
 from qlora.data.tokenized import TokenizedRows
-from qlora.model.base import base_memory_bytes, quantized_share
+from qlora.model.base import base_memory_bytes, count_frozen, is_sharded, quantized_share
 from qlora.run.checkpoint import Checkpoints
 from qlora.run.screen import aligned
 from qlora.speed.memory import GB
@@ -27,24 +28,27 @@ def describe_data(
     return aligned(
         data=f"{' + '.join(datasets)}: {'first ' * is_streaming}{train_rows.describe()}",
         validation=validation_rows.describe() if validation_rows else "none",
-        **short_report(report),
+        **(short_report(report) if report else {}),  # ranks that do not print have none
     )
 
 
 def describe_model(peft_model, name: str, dtype: str) -> str:
     """Base, adapter and device."""
-    trained, total = peft_model.get_nb_trainable_parameters()
+    trained = sum(weight.numel() for weight in peft_model.parameters() if weight.requires_grad)
+    total = trained + sum(count_frozen(peft_model))
     quantization = peft_model.get_base_model().config.to_dict().get("quantization_config")
     weights = dtype
     if quantization:  # linear layers only: the experts of some models are not linear layers, and stay 16-bit
         kind = quantization["bnb_4bit_quant_type"]
         weights = f"{quantized_share(peft_model):.1%} of them {kind}, the others {dtype}"
     device = torch.cuda.get_device_name() if peft_model.device.type == "cuda" else "the CPU"
+    if ranks.count() > 1:
+        device = f"{ranks.count()} x {device}"
     if device == "the CPU" and dtype == "float16":
         device += " (float16 is slow there: --dtype float32 or bfloat16)"
-    base_gb = base_memory_bytes(peft_model) / GB
+    memory = f"{base_memory_bytes(peft_model) / GB:.3g} GB{' on each' * is_sharded(peft_model)}"
     return aligned(
-        model=f"{name}: {total - trained:,} parameters, {base_gb:.3g} GB, {weights}",
+        model=f"{name}: {total - trained:,} parameters, {memory}, {weights}",
         adapter=f"{trained:,} trainable parameters ({trained / total:.3%}), float32",
         compute=f"{dtype} on {device}",
     )
@@ -73,7 +77,8 @@ def describe_steps(
 ) -> str:
     """How many steps, of how many packs of rows."""
     packs = f"packs of {order.pack_length} tokens" if order.pack_length else "rows"
-    batch = f"{order.packs_per_step // batch_size} x {batch_size} {packs}"
+    split = [ranks.count()] * (ranks.count() > 1) + [order.packs_per_step // batch_size // ranks.count()]
+    batch = f"{' x '.join(map(str, split))} x {batch_size} {packs}"
     parts = f"{order.epochs_at(total_steps):.2f} epochs of {order.steps_in(0):,} steps"
     if stream is not None:
         parts = f"windows of {stream.window_rows:,} rows"
@@ -83,12 +88,12 @@ def describe_steps(
     return aligned(steps=f"{total_steps:,} of {batch} ({details})")
 
 
-def describe_output(checkpoints: Checkpoints, checkpoint: Path | None, is_resumption: bool) -> str:
+def describe_output(checkpoints: Checkpoints, checkpoint: Path | None, resume_from: str | None) -> str:
     """Where the run writes, and where it starts."""
     start = ""
     if checkpoint is not None:
         start = f", resuming from {checkpoint.name}"
-    elif is_resumption:
+    elif resume_from is not None:
         start = ", no checkpoint there yet: starting from scratch"
     if checkpoints.replaced:
         start += f", replacing {', '.join(path.name for path in checkpoints.replaced)}"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from qlora import ranks
 from qlora.errors import InputError
 
 
@@ -14,10 +15,11 @@ from qlora.errors import InputError
 def command(program: str) -> Iterator[None]:
     """Run a command: an InputError becomes one line and exit code 1, Ctrl-C exit code 130.
 
+    Under torchrun only the first process prints, and an error that several come across is printed once.
     Output that cannot be written does not stop the command, but is an error at its end.
     """
     streams = sys.stdout, sys.stderr
-    output, errors = (SafeStream(stream) for stream in streams)
+    output, errors = (SafeStream(stream if ranks.is_first() else None) for stream in streams)
     sys.stdout, sys.stderr = output, errors
     try:
         yield
@@ -25,7 +27,9 @@ def command(program: str) -> Iterator[None]:
         if output.error is not None:
             raise InputError(f"standard output could not always be written: {output.error.strerror}")
     except InputError as error:
-        sys.exit(f"{program}: error: {error}")
+        if error.is_told_elsewhere is None:
+            error.is_told_elsewhere = not ranks.should_print(str(error))
+        sys.exit(1 if error.is_told_elsewhere else f"{program}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qlora import ranks
 from qlora.errors import InputError, first_line
+from qlora.model.base import is_sharded
 from qlora.model.forward import VARLEN
 from qlora.speed.memory import GB, limit_memory
 from qlora.speed.rehearsal import Rehearsal
@@ -41,9 +43,9 @@ def plan_layers(
     """Choose how the layers run, and set them up that way. Raises InputError if a step does not fit.
 
     `checkpointing` is all, none, a number of layers, or auto; `offload` is on, off or auto. Without a GPU
-    there is nothing to measure, and `auto` is all. If the layers cannot be compiled, one line says so and
-    they run uncompiled. With `graphs` the decoder's passes are recorded as CUDA graphs, or one line says why
-    not; with None they are recorded where possible.
+    there is nothing to measure, and `auto` is all. All ranks get the same plan: the smallest GPU decides. If
+    the layers cannot be compiled, one line says so and they run uncompiled. With `graphs` the decoder's
+    passes are recorded as CUDA graphs, or one line says why not; with None they are recorded where possible.
     """
     started = time.perf_counter()
     layers = len(rehearsal.layers)
@@ -163,16 +165,20 @@ def _record_graphs(rehearsal: Rehearsal, plan: Plan, is_asked: bool) -> Plan:
     reason = _why_no_graphs(rehearsal, plan)
     if reason is not None and not is_asked:
         return plan
+    graphed, graph_bytes = None, 0
     if reason is None:
         try:
             graphed, graph_bytes = rehearsal.record()
-            peak = rehearsal.peak_bytes(plan.checkpointed, plan.offload, graphed)
-            if peak is not None and peak + graph_bytes <= plan.limit_bytes:
-                peak += graph_bytes
-                return replace(plan, hidden_states=graphed, peak_bytes=peak, graph_bytes=graph_bytes)
-            reason = "they need more memory than there is"
         except RuntimeError as error:  # the host waits somewhere, or an operation cannot be recorded
             reason = first_line(error)
+    reason = next(filter(None, ranks.gather(reason)), None)
+    if reason is None:
+        graph_bytes = max(ranks.gather(graph_bytes))
+        peak = rehearsal.peak_bytes(plan.checkpointed, plan.offload, graphed)
+        if peak is not None and peak + graph_bytes <= plan.limit_bytes:
+            peak += graph_bytes
+            return replace(plan, hidden_states=graphed, peak_bytes=peak, graph_bytes=graph_bytes)
+        reason = "they need more memory than there is"
     print(f"No CUDA graphs: {reason}.")
     gc.collect()
     return plan
@@ -180,6 +186,8 @@ def _record_graphs(rehearsal: Rehearsal, plan: Plan, is_asked: bool) -> Plan:
 
 def _why_no_graphs(rehearsal: Rehearsal, plan: Plan) -> str | None:
     """What rules out CUDA graphs; None if nothing is known to."""
+    if is_sharded(rehearsal.model):
+        return "the layers' weights are gathered from all GPUs"
     if not rehearsal.shape.is_packed:
         return "padded batches have many shapes"
     if rehearsal.hidden_states is None:

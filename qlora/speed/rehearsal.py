@@ -7,7 +7,9 @@ from functools import cached_property
 
 import torch
 
+from qlora import ranks
 from qlora.data.batch import BatchShape, to_device, worst_batch
+from qlora.errors import first_line
 from qlora.model.forward import without_adapter
 from qlora.optim.flat import FlatParameters
 from qlora.optim.optimizer import create_state, reset_optimizer
@@ -15,6 +17,7 @@ from qlora.speed.determinism import unchanged_random_states
 from qlora.speed.graphs import GraphedDecoder
 from qlora.speed.layers import decoder_layers, has_randomness, set_up_layers
 from qlora.speed.memory import is_out_of_memory
+from qlora.speed.sharding import forget_failed_pass
 
 
 @dataclass
@@ -56,7 +59,8 @@ class Rehearsal:
     ) -> int | None:
         """Peak bytes allocated during a step and an evaluation batch; None if memory runs out.
 
-        `hidden_states` replaces the rehearsal's own. Without CUDA the step runs too, and the result is 0.
+        Of all ranks, the highest peak counts, and an error of one is raised on all. `hidden_states` replaces
+        the rehearsal's own. Without CUDA the step runs too, and the result is 0.
         """
         self.set_up(checkpointed, offload)
         peak = None
@@ -68,15 +72,21 @@ class Rehearsal:
             with unchanged_random_states(self.model.device):
                 self._step(hidden_states or self.hidden_states)
             peak = torch.cuda.max_memory_allocated() if self.on_cuda else 0
-        except RuntimeError as error:
+        except Exception as error:
             if not is_out_of_memory(error):
+                ranks.gather(first_line(error))  # instead of a peak, for which the others wait
                 raise
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             self.model.zero_grad(set_to_none=True)
             reset_optimizer(self.optimizer)
         gc.collect()  # frees what the error's frames hold
-        return peak
+        if peak is None:
+            forget_failed_pass(self.model)
+        peaks = ranks.gather(peak)
+        if failures := [peak for peak in peaks if isinstance(peak, str)]:
+            raise RuntimeError(failures[0])
+        return None if None in peaks else max(peaks)
 
     def record(self) -> tuple[GraphedDecoder, int]:
         """The decoder as CUDA graphs, and the bytes they hold that PyTorch counts as free."""
