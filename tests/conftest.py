@@ -25,6 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests.ranks import start_launcher  # noqa: E402
 from tests.tiny_llama import make_base, make_tokenizer  # noqa: E402
 
 # Double quantization on the CPU depends on the number of threads: identity needs it fixed.
@@ -96,6 +97,15 @@ def adapter(base, rows_file, tmp_path_factory):
     flags = f"--model {base} --dataset {rows_file} --output_dir {out} --dtype float32 --num_train_epochs 25 "
     flags += "--learning_rate 1e-2 --lora_target_modules all-linear --lora_dropout 0 --no_packing"
     return train.train(parse_args(TrainConfig, flags.split())), out
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """The process that forks what tests.ranks.start() runs."""
+    process = start_launcher()
+    yield process
+    process.stdin.close()  # not kill(): it has a cache to remove
+    process.wait()
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from torch.distributed.run import get_args_parser
+
 from qlora.config import EvaluateConfig, ExportConfig, GenerateConfig, MergeConfig, TrainConfig
 from qlora.flags import parse_args
 from qlora.log import comparison_parser
@@ -17,9 +19,9 @@ CONFIGS = {
     "train.py": TrainConfig, "generate.py": GenerateConfig, "qlora.evaluate": EvaluateConfig,
     "qlora.merge": MergeConfig, "qlora.export": ExportConfig,
 }  # fmt: skip
-PYTHON = ".venv/bin/python"
+PYTHON, TORCHRUN = ".venv/bin/python", ".venv/bin/torchrun"
 # Programs that a bash block may call. Each is replaced by a stub that only writes down its arguments.
-PROGRAMS = [PYTHON, "bin/python3", "bin/make", "bin/cp", "bin/scontrol"]
+PROGRAMS = [PYTHON, TORCHRUN, "bin/python3", "bin/make", "bin/cp", "bin/scontrol"]
 STUB = '#!/bin/sh\nprintf \'%s\\0\' "$0" "$@" >> commands\necho >> commands\n'
 
 
@@ -57,6 +59,9 @@ def check_command(program: str, *arguments: str) -> None:
             assert f"\n{definition}" in (ROOT / "Makefile").read_text(), definition
     elif program == PYTHON:
         parse(list(arguments))
+    elif program == TORCHRUN:
+        options = get_args_parser().parse_args(arguments)
+        parse([options.training_script, *options.training_script_args])
     elif program == "python3":
         assert arguments[:2] == ("-m", "venv")
 

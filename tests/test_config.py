@@ -18,6 +18,7 @@ from qlora.config import (
     MergeConfig,
     TrainConfig,
 )
+from qlora.errors import InputError
 from qlora.flags import parse_args
 from qlora.run.checkpoint import load_state
 from tests.conftest import ROOT
@@ -112,6 +113,7 @@ NUMBERS = {
     "max_grad_norm": ["-0.1", "nan", "inf"],
     "memory_limit_gb": ["0", "-8", "nan", "inf", "x"],
     "max_hours": ["0", "-1", "nan", "inf", "x"],
+    "distributed_timeout": ["0", "-1", "nan", "inf", "x"],
     "max_skipped_steps": ["0", "-1", "1.5"],
     "sample_max_new_tokens": ["0", "-1", "1.5"],
     "seed": ["-1", "1.5", "4294967296", DIGITS],  # above 2**32 - 1, numpy takes no seed
@@ -338,6 +340,26 @@ def test_speed_flags_that_would_be_ignored_are_refused(capsys):
 
 
 @pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--shard --no_load_in_4bit", "--shard takes a 4-bit base"),
+        ("--shard --use_dora", "--shard takes a 4-bit base, and neither --use_dora"),
+        ("--shard --init_lora_weights loftq", "--init_lora_weights loftq or qera"),
+        ("--shard --init_lora_weights qera", "--init_lora_weights loftq or qera"),
+        ("--shard --cuda_graphs", "--cuda_graphs and --shard exclude each other"),
+        ("--shard_cpu_offload", "--shard_cpu_offload"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_with_sharding(capsys, flags, message):
+    assert message in refusal(capsys, TrainConfig, *flags.split())
+
+
+def test_sharding_needs_several_processes():
+    with pytest.raises(InputError, match="--shard needs several processes: torchrun"):
+        parse(TrainConfig, "--shard").check_device("cpu")
+
+
+@pytest.mark.parametrize(
     "argv, value",
     [([], False), (["--use_dora"], True), (["--use-dora", "true"], True), (["--use_dora", "false"], False)],
 )
@@ -524,7 +546,7 @@ def test_paths_and_names_of_places_are_not_on_the_model_card():
         "model", "adapter", "dataset", "validation_dataset", "output_dir", "overwrite_output_dir", "run_name",
         "report_to", "sample_prompts", "sample_max_new_tokens", "resume_from_checkpoint", "allow_changes",
         "push_to_hub", "hub_model_id", "hub_private_repo", "max_hours", "logging_steps", "save_steps",
-        "save_total_limit", "chat_template",
+        "save_total_limit", "chat_template", "shard", "shard_cpu_offload", "distributed_timeout",
     }  # fmt: skip
     assert set(PLACE_FLAGS) == {
         "output_dir", "overwrite_output_dir", "run_name", "report_to", "resume_from_checkpoint",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora.flags import default_of
@@ -161,6 +162,7 @@ def test_every_command_parses(path):
 def test_every_flag_in_the_text_exists(path):
     known = {field.name for config_class in CONFIGS.values() for field in dataclasses.fields(config_class)}
     known |= {"output", "cuda"}  # of qlora.log and tests/torture.py
+    known |= {action.dest for action in get_args_parser()._actions}  # of torchrun
     prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     for code in re.findall(r"`(--[^`]+)`", prose):
         for name in re.findall(r"--([\w-]+)", code):

@@ -548,7 +548,11 @@ def test_mistakes_in_flags_are_refused(run, base, flags, message):
             "--seed 3 --learning_rate 1e-3",
             "learning_rate was 0.003, now it is 0.001; seed was 42, now it is 3",
         ),
-        ("--per_device_train_batch_size 2", "packs_per_step was 16, now it is 8"),
+        (
+            "--per_device_train_batch_size 2",
+            "16 sequences in a step, .* make 8. Keep them with --per_device_train_batch_size 2 "
+            "--gradient_accumulation_steps 8, .* --allow_changes packs_per_step$",
+        ),
         (
             "--max_length 16 --allow_changes max_length",
             r"data is not the same .* --allow_changes max_length data$",

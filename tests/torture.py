@@ -1,12 +1,15 @@
 """Kill and stop trainings at random moments, resume them, and compare the end with an uninterrupted run.
 
-python tests/torture.py [--kills 100] [--terms 20] [--forked] [--cuda --model M --dataset D ...]
+python tests/torture.py [--kills 100] [--terms 20] [--forked] [--processes 2]
+                        [--cuda --model M --dataset D ...]
 
 SIGKILL is sent during set-up, between steps, and in half of the cases while a checkpoint is being written;
 SIGTERM at any time. After each signal, every listed checkpoint must be intact. In the end adapter, optimizer
 state and logged losses must be bit-identical to those of the uninterrupted run. Every training is a process:
 python train.py, or with --forked a copy of this one, which has imported everything and is ten times as fast.
-With --cuda the trainings run on the GPU, with --full_determinism.
+With --cuda the trainings run on the GPU, with --full_determinism. With --processes N a training has that many
+processes, started by torchrun or with --forked. SIGKILL is then sent to one of them or to all, and SIGTERM to
+one; the others must end by themselves.
 
 The trainings have what is hard to resume: dropout, packing, float16 with its loss scale, 8-bit optimizer
 states, evaluations, and a best checkpoint.
@@ -24,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 if "--cuda" not in sys.argv:  # on the CPU runs are identical if their number of threads is
@@ -41,6 +45,7 @@ import train  # noqa: E402
 from qlora.model.adapter import ADAPTER  # noqa: E402
 from qlora.run.checkpoint import STATE, STATE_TENSORS, list_checkpoints  # noqa: E402
 from qlora.run.files import damage  # noqa: E402
+from tests.ranks import fork_ranks  # noqa: E402
 from tests.tiny_llama import make_base  # noqa: E402
 
 # Forked processes share tqdm's own lock: one that is killed while holding it would block all others.
@@ -56,7 +61,7 @@ SIZES = {
     "max_position_embeddings": 256,
 }  # fmt: skip
 TIMEOUT_SECONDS = 300  # for one training
-VARYING = "tokens_per_s", "data_wait", "peak_memory_gb"  # in a line of metrics.jsonl
+VARYING = "tokens_per_s", "data_wait", "exchange_ms", "peak_memory_gb"  # in a line of metrics.jsonl
 
 
 def training_flags(options: argparse.Namespace, out: Path, steps: int) -> list[str]:
@@ -66,61 +71,59 @@ def training_flags(options: argparse.Namespace, out: Path, steps: int) -> list[s
 
 
 class Training:
-    """A training in a process of its own, with its output appended to `log`."""
+    """A training in one or several processes of its own, with its output appended to `log`."""
 
-    def __init__(self, flags: list[str], log: Path, is_forked: bool):
-        with open(log, "a") as file:
-            if is_forked:
-                self.pid = os.fork() or _train_and_exit(flags, file)
-            else:
-                argv = [sys.executable, str(ROOT / "train.py"), *flags]
-                self.pid = subprocess.Popen(argv, stdout=file, stderr=file, cwd=ROOT).pid
-        self._exit_code = None
+    def __init__(self, flags: list[str], log: Path, is_forked: bool, count: int):
+        self.count = count
+        self.is_under_torchrun = count > 1 and not is_forked
+        if is_forked:
+            self.pids = fork_ranks(count, train.main, [flags], log)
+        else:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+            argv = [sys.executable, *torchrun * (count > 1), str(ROOT / "train.py"), *flags]
+            with open(log, "a") as file:
+                self.pids = [subprocess.Popen(argv, stdout=file, stderr=file, cwd=ROOT).pid]
+        self.exit_codes = {}  # pid: exit code, negative for a signal
 
-    def exit_code(self) -> int | None:
-        """The exit code, negative for a signal; None while the process runs."""
-        if self._exit_code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._exit_code = os.waitstatus_to_exitcode(status)
-        return self._exit_code
+    def has_ended(self) -> bool:
+        """Whether all processes have."""
+        for pid in set(self.pids) - self.exit_codes.keys():
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                self.exit_codes[pid] = os.waitstatus_to_exitcode(status)
+        return len(self.exit_codes) == len(self.pids)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait until the condition holds or the process has ended."""
+        """Wait until the condition holds or all processes have ended."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        while self.exit_code() is None and not condition():
+        while not self.has_ended() and not condition():
             if time.monotonic() > deadline:
-                os.kill(self.pid, signal.SIGKILL)
+                for pid in set(self.pids) - self.exit_codes.keys():
+                    os.kill(pid, signal.SIGKILL)
                 raise AssertionError("a training hangs")
             time.sleep(0.001)
 
-    def wait(self) -> int:
-        """Wait until the process has ended; returns its exit code."""
+    def wait(self) -> list[int]:
+        """Wait until all processes have ended; returns their exit codes."""
         self.wait_until(lambda: False)
-        return self.exit_code()
+        return list(self.exit_codes.values())
 
-    def send(self, number: int) -> int:
-        """Send a signal and wait; returns the exit code."""
-        if self.exit_code() is None:
-            os.kill(self.pid, number)
+    def send(self, number: int, draw: random.Random) -> list[int]:
+        """Send a signal to one process, SIGKILL perhaps to all, and wait; returns the exit codes."""
+        pids = sorted(set(self.ranks()) - self.exit_codes.keys())
+        if number != signal.SIGKILL or draw.random() < 0.5:
+            pids = pids and [draw.choice(pids)]
+        for pid in pids:
+            with suppress(ProcessLookupError):  # torchrun's, already gone
+                os.kill(pid, number)
         return self.wait()
 
-
-def _train_and_exit(flags: list[str], log) -> None:
-    """In a forked process: train, then leave it without any clean-up of its parent's."""
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    code = 1
-    try:
-        train.main(flags)
-        code = 0
-    except SystemExit as exit:
-        print(exit.code if isinstance(exit.code, str) else "", file=sys.stderr)
-        code = exit.code if isinstance(exit.code, int) else 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    def ranks(self) -> list[int]:
+        """The pids of the processes that train."""
+        if not self.is_under_torchrun:
+            return self.pids
+        listed = ["ps", "-o", "pid=", "--ppid", str(self.pids[0])]
+        return [int(pid) for pid in subprocess.run(listed, capture_output=True, text=True).stdout.split()]
 
 
 def logged_lines(out: Path) -> int:
@@ -132,8 +135,8 @@ def is_saving(out: Path) -> bool:
     return any(out.glob("checkpoint-*.tmp"))
 
 
-def send_at_a_random_moment(training: Training, out: Path, number: int, draw: random.Random) -> int:
-    """Send a signal to a training that writes to `out`; returns the exit code."""
+def send_at_a_random_moment(training: Training, out: Path, number: int, draw: random.Random) -> list[int]:
+    """Send a signal to a training that writes to `out`; returns the exit codes."""
     lines_before, steps = logged_lines(out), draw.randint(1, 3)
     moment = draw.random()
     if moment < 0.1:
@@ -146,14 +149,14 @@ def send_at_a_random_moment(training: Training, out: Path, number: int, draw: ra
             training.wait_until(lambda: not is_saving(out))
             training.wait_until(lambda: is_saving(out))
         time.sleep(draw.uniform(0, 0.03))
-    return training.send(number)
+    return training.send(number, draw)
 
 
 def final_state(out: Path, steps: int) -> dict:
     """What must be equal at the end of two runs: files and numbers, without times."""
     last = out / f"checkpoint-{steps}"
     state = json.loads((last / STATE).read_text())
-    for name in ("window_seconds", "window_waited"):
+    for name in ("window_seconds", "window_waited", "window_exchanged"):
         del state["progress"][name]
     del state["config"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -178,35 +181,39 @@ def torture(options: argparse.Namespace, folder: Path) -> dict:
 
     def start(name: str) -> Training:
         flags = training_flags(options, folder / name, steps)
-        return Training(flags, folder / f"{name}.log", options.forked)
+        return Training(flags, folder / f"{name}.log", options.forked, options.processes)
 
     def log_of(name: str) -> str:
         return (folder / f"{name}.log").read_text()[-2000:]
 
-    assert start("uninterrupted").wait() == 0, log_of("uninterrupted")
+    assert not any(start("uninterrupted").wait()), log_of("uninterrupted")
     want, out = final_state(folder / "uninterrupted", steps), folder / "interrupted"
     count = {"SIGKILL": 0, "in a save": 0, "SIGTERM": 0, "at a step's end": 0, "finished": 0}
     signals = [signal.SIGKILL] * options.kills + [signal.SIGTERM] * options.terms
     draw.shuffle(signals)
     while signals:
-        code = send_at_a_random_moment(start("interrupted"), out, signals[-1], draw)
-        if code == 0:  # it had ended before the signal: start over
+        training = start("interrupted")
+        codes = send_at_a_random_moment(training, out, signals[-1], draw)
+        if not any(codes):  # it had ended before the signal: start over
             count["finished"] += 1
             check_identical(final_state(out, steps), want)
             shutil.rmtree(out)
             continue
         number = signals.pop()
         if number == signal.SIGKILL:
-            assert code == -number, f"{code}: {log_of('interrupted')}"
+            # The first process is 0 if all is saved that it had to train.
+            others = () if options.processes == 1 else (0, 1) if options.forked else (1,)
+            assert set(codes) <= {-number, *others}, f"{codes}: {log_of('interrupted')}"
             count["SIGKILL"] += 1
             count["in a save"] += any(out.glob("*.tmp"))
         else:  # during set-up there is nothing to save: the signal ends the process
-            assert code in (-number, 128 + number), f"{code}: {log_of('interrupted')}"
+            allowed = {-number, 128 + number} | ({0, 1} if options.processes > 1 else set())
+            assert set(codes) <= allowed, f"{codes}: {log_of('interrupted')}"
             count["SIGTERM"] += 1
-            count["at a step's end"] += code == 128 + number
+            count["at a step's end"] += 128 + number in codes
         for checkpoint in list_checkpoints(out):
             assert damage(checkpoint) is None, checkpoint
-    assert start("interrupted").wait() == 0, log_of("interrupted")
+    assert not any(start("interrupted").wait()), log_of("interrupted")
     count["finished"] += 1
     assert not list(out.glob("*.tmp"))
     check_identical(final_state(out, steps), want)
@@ -220,6 +227,7 @@ def main() -> None:
     parser.add_argument(
         "--forked", action="store_true", help="fork this process instead of starting train.py"
     )
+    parser.add_argument("--processes", type=int, default=1, help="processes of each training")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--cuda", action="store_true", help="train on the GPU; other flags go to train.py")
     parser.add_argument("--model")

@@ -53,7 +53,7 @@ def test_the_rows_of_a_step_do_not_depend_on_the_micro_batch_size(batch_size):
     rows = random_rows(LENGTHS)
     packs = StepOrder(rows.lengths, 16, seed=0).packs(1)
     assert len(micro_batches(rows, packs[:1], batch_size, pad_id=2)[0]["input_ids"]) == 1
-    batches = micro_batches(rows, packs, batch_size, pad_id=2, is_filled=True)
+    batches = micro_batches(rows, packs, batch_size, pad_id=2, multiple=batch_size)
     assert {len(batch["input_ids"]) for batch in batches} == {batch_size}
     padded = [row for batch in batches for row in batch["input_ids"].tolist()]
     assert all(set(row) == {2} for row in padded[16:])  # empty packs complete the last batch

@@ -27,9 +27,9 @@ def assert_equal_data(one: StepData, other: StepData) -> None:
     assert (one.targets, one.tokens, one.epochs, one.place) == (
         other.targets, other.tokens, other.epochs, other.place
     )  # fmt: skip
-    assert len(one.micro_batches) == len(other.micro_batches)
-    for batch, other_batch in zip(one.micro_batches, other.micro_batches):
-        assert_same(batch, other_batch)
+    assert one.micro_batches.keys() == other.micro_batches.keys()
+    for number, batch in one.micro_batches.items():
+        assert_same(batch, other.micro_batches[number])
 
 
 # ---------------------------------------------------------------- prepared rows
@@ -44,10 +44,10 @@ def test_a_step_has_the_micro_batches_of_its_packs_and_counts_their_targets(pack
     for step in range(order.steps_until(2)):
         data, packs = loader.take(step), order.packs(step)
         indices = [row for pack in packs for row in pack]
-        want = micro_batches(rows, packs, 2, 2, pack_length, shape.starts, is_filled=True)
-        assert len(data.micro_batches) == len(want)
-        for batch, want_batch in zip(data.micro_batches, want):
-            assert_same(batch, want_batch)
+        want = micro_batches(rows, packs, 2, 2, pack_length, shape.starts, multiple=2)
+        assert list(data.micro_batches) == list(range(len(want)))
+        for number, batch in data.micro_batches.items():
+            assert_same(batch, want[number])
         assert data.targets == rows.subset(indices).targets
         assert data.tokens == rows.lengths[indices].sum()
         assert data.epochs == order.epochs_at(step + 1) and data.place is None
@@ -93,7 +93,7 @@ def stream_loader(rows_file, tokenizer, total_steps, place=None, **options):
 def rows_of(data: StepData, tokenizer) -> list[int]:
     """Indices in ROWS of the rows in padded batches; each row ends in its first EOS, which also pads."""
     eos = tokenizer.eos_token_id
-    lines = [line.tolist() for batch in data.micro_batches for line in batch["input_ids"]]
+    lines = [line.tolist() for batch in data.micro_batches.values() for line in batch["input_ids"]]
     keys = [tuple(line[: line.index(eos) + 1]) for line in lines if line[0] != eos]
     rows = tokenize_rows([("", row) for row in ROWS], tokenizer)
     index = {tuple(rows[number][0].tolist()): number for number in range(len(rows))}
@@ -137,7 +137,7 @@ def test_a_loader_resumed_at_any_step_gives_the_same_data(rows_file, tokenizer, 
 
 def test_batches_of_a_packed_stream_have_one_shape(rows_file, tokenizer):
     loader = stream_loader(rows_file, tokenizer, 12, pack_length=64)
-    batches = [batch for step in range(12) for batch in loader.take(step).micro_batches]
+    batches = [batch for step in range(12) for batch in loader.take(step).micro_batches.values()]
     for name in ("input_ids", "position_ids", "seq_starts"):
         assert len({batch[name].shape for batch in batches}) == 1
     assert batches[0]["input_ids"].shape == torch.Size([2, 64])

@@ -22,6 +22,7 @@ from qlora.model.forward import hidden_states
 from qlora.run.checkpoint import STATE_TENSORS
 from qlora.run.log import RunLog
 from tests.conftest import COLORS, THINGS
+from tests.ranks import start
 from tests.results import adapter, assert_same, metrics
 
 PAIRS = [
@@ -129,6 +130,31 @@ def test_a_resumed_run_ends_like_one_that_was_left_alone(run, tmp_path, monkeypa
     (folder / ADAPTER).unlink()
     with pytest.raises(InputError, match=r"beta was 0\.1, now it is 0\.5"):
         run(flags, "--resume_from_checkpoint latest --beta 0.5")
+
+
+def dpo_rank(argv: list[str]) -> None:
+    """The example in one of several processes."""
+    dpo.train(parse_args(dpo.DpoConfig, argv))
+
+
+def test_the_number_of_processes_changes_no_losses(launcher, base, preferences, tmp_path):
+    """The last step of an epoch, the sixth, has one micro-batch: there is nothing in it for the second."""
+    argv = ["--model", base, "--dataset", preferences, "--dtype", "float32", "--learning_rate", "3e-3"]
+    argv += "--lora_r 64 --max_steps 8 --save_steps 5 --per_device_train_batch_size 2".split()
+
+    def losses(count: int, *flags: str) -> list[dict]:
+        words = [*argv, "--output_dir", str(tmp_path / f"{count}"), *flags]
+        words += ["--gradient_accumulation_steps", str(4 // count)]
+        run = start(launcher, count, "tests.examples.test_dpo:dpo_rank", words, log=tmp_path / f"{count}.log")
+        assert run.wait() == [0] * count, run.output()
+        return metrics(tmp_path / f"{count}")
+
+    whole = losses(1)
+    for lines in (losses(2), losses(2, "--resume_from_checkpoint", str(tmp_path / "2" / "checkpoint-5"))):
+        for line, expected in zip(lines, whole, strict=True):
+            for name in ("loss", "reward_margin", "reward_accuracy", "grad_norm"):
+                assert line[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (name, line)
+    assert (tmp_path / "2" / ADAPTER).exists()
 
 
 def test_a_run_that_may_not_be_resumed_or_replaced_names_flags_that_exist(run, preferences):

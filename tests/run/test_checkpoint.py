@@ -1,10 +1,8 @@
 """Checkpoints: what they restore, what they refuse, what they keep."""
 
 import json
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,60 +48,18 @@ def test_weights_optimizer_and_scaler_are_restored(new_checkpoints):
     assert restored.scaler.get_scale() == 1024
 
 
-def test_all_random_states_are_restored(new_checkpoints):
-    def draw():
-        return random.random(), random.gauss(), np.random.rand(), np.random.randn(), torch.rand(1).item()
-
-    checkpoints = new_checkpoints()
-    draw()
-    folder = save(checkpoints, 7)
-    want = draw()
-    draw()
-    assert restore(checkpoints, folder).step == 7
-    assert draw() == want
-
-
-def draw() -> tuple[float, ...]:
-    return random.random(), random.gauss(), np.random.rand(), np.random.randn(), torch.rand(1).item()
-
-
-def test_between_two_steps_the_random_states_are_saved_as_they_are(new_checkpoints):
-    """Also if something has drawn since the update: an evaluation, for example."""
-    checkpoints = new_checkpoints()
-    checkpoints.progress.step = 7
-    checkpoints.mark_boundary()
-    draw()
-    assert checkpoints.save(print)
-    want = draw()
-    restore(checkpoints, checkpoints.folder(7))
-    assert draw() == want
-
-
-@pytest.mark.parametrize("owes_evaluation", [False, True])
-def test_what_a_failed_step_or_a_stopped_evaluation_has_drawn_is_drawn_again(
-    new_checkpoints, owes_evaluation
-):
-    checkpoints = new_checkpoints()
-    checkpoints.progress.step, checkpoints.progress.owes_evaluation = 7, owes_evaluation
-    checkpoints.mark_boundary()
-    want = draw()
-    assert (checkpoints.save if owes_evaluation else checkpoints.save_last_complete_step)(print)
-    restore(checkpoints, checkpoints.folder(7))
-    assert draw() == want
-
-
 def test_a_torn_update_is_never_saved(new_checkpoints):
     """Once the optimizer has begun, some weights are those of the next step."""
     checkpoints, messages = new_checkpoints(), []
     checkpoints.progress.step = 7
     checkpoints.mark_boundary()
     create_state(checkpoints.optimizer)
-    assert not checkpoints.save_last_complete_step(messages.append)
+    assert not checkpoints.save(messages.append)
     assert messages == ["step 8 failed in the middle of its update: it cannot be saved"]
     assert not list_checkpoints(checkpoints.output_dir)
     checkpoints.progress.step = 8
     checkpoints.mark_boundary()
-    assert checkpoints.save_last_complete_step(pytest.fail)
+    assert checkpoints.save(pytest.fail)
 
 
 def test_without_a_best_checkpoint_the_last_adapter_stays_and_one_line_says_so(new_checkpoints):
@@ -139,9 +95,7 @@ def test_a_checkpoint_contains_no_pickle(new_checkpoints):
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
 
 
-@pytest.mark.parametrize(
-    "content", ["{}", '{"scaler": {}, "python_rng": [3, [1, 2], null], "progress": {}}', "[]", "nonsense"]
-)
+@pytest.mark.parametrize("content", ["{}", '{"scaler": {}, "progress": {}}', "[]", "nonsense"])
 def test_an_unreadable_state_is_refused_in_one_line(new_checkpoints, content):
     checkpoints = new_checkpoints()
     folder = save(checkpoints, 3)
@@ -151,11 +105,10 @@ def test_an_unreadable_state_is_refused_in_one_line(new_checkpoints, content):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("values", [{"python_rng": [3, [1, 2], None]}, {"progress": {"steps": 3}}])
-def test_a_state_of_another_version_is_refused(new_checkpoints, values):
+def test_a_state_of_another_version_is_refused(new_checkpoints):
     checkpoints = new_checkpoints()
     folder = save(checkpoints, 3)
-    edit_state(folder, **values)
+    edit_state(folder, progress={"steps": 3})
     with pytest.raises(InputError, match="does not fit this version of the code"):
         restore(checkpoints, folder)
 

@@ -75,12 +75,21 @@ def all_files(folder: Path) -> list[tuple[Path, bytes]]:
     return sorted((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
 
 
-def test_runs_killed_20_times_and_terminated_5_times_end_bit_identical():
-    """`make torture` does more of them: tests/torture.py."""
-    command = [sys.executable, str(ROOT / "tests/torture.py"), *"--kills 20 --terms 5 --forked".split()]
+def torture(flags: str) -> dict:
+    """Counts of signals. `make torture` sends more of them: tests/torture.py."""
+    command = [sys.executable, str(ROOT / "tests/torture.py"), "--forked", *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert "all bit-identical" in done.stdout, done.stdout + done.stderr[-3000:]
-    count = json.loads(done.stdout.splitlines()[-2])
+    return json.loads(done.stdout.splitlines()[-2])
+
+
+def test_runs_of_two_processes_killed_3_times_and_terminated_once_end_bit_identical():
+    count = torture("--kills 3 --terms 1 --processes 2")
+    assert count["SIGKILL"] == 3 and count["SIGTERM"] == 1
+
+
+def test_runs_killed_20_times_and_terminated_5_times_end_bit_identical():
+    count = torture("--kills 20 --terms 5")
     assert count["SIGKILL"] == 20 and count["SIGTERM"] == 5 and count["in a save"] > 0
 
 

@@ -82,7 +82,7 @@ def test_a_thread_can_train_without_signal_handlers():
 
 
 def test_the_time_limit_counts_only_after_a_step(tmp_path):
-    stop, messages = Stop(max_hours=1e-9), []
+    stop, messages = Stop(max_hours=1e-12), []
     assert not stop.is_due()
     stop.step_done()
     assert stop.is_due()
@@ -96,8 +96,9 @@ def test_the_time_limit_counts_only_after_a_step(tmp_path):
 
 
 def test_a_stopped_run_without_any_checkpoint_promises_none(tmp_path):
-    stop, messages = Stop(max_hours=1), []
+    stop, messages = Stop(max_hours=1e-12), []
     stop.step_done()
+    assert stop.is_due()
     with pytest.raises(SystemExit):
         stop.exit(stopped_run(tmp_path, 3, saved=[]), messages.append)
     lost = "no checkpoint could be saved, so all steps of this run are LOST"
@@ -205,6 +206,7 @@ def test_a_run_that_is_stopped_before_its_first_step_promises_nothing(new_checkp
     with pytest.raises(SystemExit) as exit, Stop(None) as stop:
         with Rescue(checkpoints, checkpoints.model, checkpoints.optimizer, messages.append, stop):
             os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_due()
             raise WaitStopped
     assert exit.value.code == 143 and not list_checkpoints(checkpoints.output_dir)
     assert messages == [
