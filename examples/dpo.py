@@ -2,6 +2,7 @@
 
 python -m examples.dpo --model meta-llama/Llama-2-7b-hf --dataset preferences.jsonl --output_dir outputs/dpo
 
+On several GPUs: torchrun --nproc-per-node 2 -m examples.dpo --model ...
 The reference model is the base with its adapter disabled, so it takes no memory. Killed? The same command
 with --resume_from_checkpoint latest resumes exactly.
 """
@@ -17,6 +18,7 @@ import torch
 import transformers
 from torch.nn.functional import logsigmoid
 
+from qlora import ranks
 from qlora.config import ComputeType, TrainConfig
 from qlora.data.batch import BatchShape, micro_batches, to_device
 from qlora.data.formatting import Formatting
@@ -40,12 +42,14 @@ from qlora.run.folder import claim_folder
 from qlora.run.log import RunLog
 from qlora.run.stop import Rescue, Stop
 from qlora.run.terminal import command
+from qlora.speed import determinism
 from qlora.speed.nf4 import fuse_linears
 from qlora.speed.plan import plan_layers
 from qlora.speed.rehearsal import Rehearsal
 
 # Flags that a resumed run may change (base and rows are compared by contents), and the model card leaves out.
 FREE = {"resume": "free", "on_card": False}
+SPLIT = {"resume": "free", "compares": ("packs_per_step",)}  # only the pairs of a whole step must stay
 
 
 @dataclass
@@ -61,8 +65,8 @@ class DpoConfig(Flags):
     learning_rate: float = flag(5e-5, "Peak rate; warmup over a tenth, then linear decay.", limit=POSITIVE)
     max_length: int = flag(512, "Longest prompt with its answer, in tokens.", limit=AT_LEAST_1)
     max_steps: int = flag(100, "Optimizer steps.", limit=AT_LEAST_1)
-    per_device_train_batch_size: int = flag(2, "Pairs in one forward pass.", limit=AT_LEAST_1)
-    gradient_accumulation_steps: int = flag(8, "Forward passes in one step.", limit=AT_LEAST_1)
+    per_device_train_batch_size: int = flag(2, "Pairs in one forward pass.", limit=AT_LEAST_1, **SPLIT)
+    gradient_accumulation_steps: int = flag(8, "Forward passes in one step.", limit=AT_LEAST_1, **SPLIT)
     save_steps: int = flag(50, "Save a checkpoint every N steps.", limit=AT_LEAST_1, **FREE)
     seed: int = flag(42, "Seed of the LoRA initialization and of the order of pairs.", limit=SEED)
     resume_from_checkpoint: str | None = flag(None, "'latest', or a checkpoint-N folder.", **FREE)
@@ -117,22 +121,25 @@ def load_pairs(config: DpoConfig, tokenizer):
 
 def train(config: DpoConfig):
     """Train; returns the model. Raises InputError, or SystemExit after a checkpoint if stopped."""
-    folder, resume_from = Path(config.output_dir), config.resume_from_checkpoint
-    with claim_folder(folder, resume_from, config.overwrite_output_dir, adapter=None) as checkpoint:
-        return run(config, Stop(max_hours=None), checkpoint)
+    stop, folder, resume_from = Stop(None), Path(config.output_dir), config.resume_from_checkpoint
+    with ranks.connected(timeout_seconds=600) as device:  # the other processes of torchrun, if any
+        with claim_folder(folder, resume_from, config.overwrite_output_dir, adapter=None) as checkpoint:
+            return run(config, device, stop, checkpoint)
 
 
-def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
+def run(config: DpoConfig, device: torch.device, stop: Stop, checkpoint: Path | None):
     """Set up, then take optimizer steps."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    pairs_per_step = batch_size * accumulation * ranks.count()
     shape_flags = ["lora_r", "lora_target_modules"]
     fingerprint = Fingerprint(checkpoint, config.compared_values(), config.allow_changes, shape_flags)
+    fingerprint.add_global_batch(pairs_per_step, batch_size)
 
-    tokenizer = load_tokenizer(config.model)
-    rows, pairs = load_pairs(config, tokenizer)
+    with ranks.first_on_host():
+        tokenizer = load_tokenizer(config.model)
+        rows, pairs = load_pairs(config, tokenizer)
     check_vocabulary(rows, load_config(config.model).get_text_config().vocab_size)
     fingerprint.add_data(tokenizer, rows)
     base = load_base(config.model, dtype, device)
@@ -146,7 +153,7 @@ def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
     optimizer = build_optimizer("paged_adamw_8bit", flat.groups, betas=(0.9, 0.999), epsilon=1e-8)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     # This orders pairs, each as long as the longer of its answers. They are not packed.
-    order = StepOrder(rows.lengths[pairs].max(axis=1), batch_size * accumulation, config.seed)
+    order = StepOrder(rows.lengths[pairs].max(axis=1), pairs_per_step, config.seed)
     train_batch = partial(forward_backward, model, autocast=autocast, scaler=scaler, beta=config.beta)
     rehearsal = Rehearsal(
         model, flat, optimizer, train_batch, hidden_states, autocast,
@@ -167,7 +174,6 @@ def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
     log = RunLog(checkpoints.output_dir, config.max_steps, first_step, plan.graph_bytes)
     with log, stop, Rescue(checkpoints, model, optimizer, log.say):
         for step in range(first_step, config.max_steps):
-            checkpoints.mark_boundary()
             started = time.perf_counter()
             learning_rate = schedule.lr_at(step)
             for group in optimizer.param_groups:
@@ -175,12 +181,16 @@ def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
 
             step_pairs = pairs[[pair for (pair,) in order.packs(step)]]  # (pairs of this step, 2)
             answers = [[row] for row in step_pairs.flatten().tolist()]  # chosen, rejected, chosen, ...
+            batches = list(enumerate(micro_batches(rows, answers, 2 * batch_size, tokenizer.eos_token_id)))
+            own = batches[ranks.number() :: ranks.count()]  # an epoch's last step may have none for this rank
             sums = torch.zeros(3, device=device)
-            for batch in micro_batches(rows, answers, 2 * batch_size, tokenizer.eos_token_id):
+            for number, batch in own:
+                determinism.seed_random_numbers(config.seed, step, number)  # for dropout, should you add it
                 sums += train_batch(to_device(batch, device), len(step_pairs), plan.hidden_states)
             if step == first_step:
                 flat.check_gradients(trainable)
             flat.gather_gradients()
+            ranks.sum_(flat.gradient, sums)
             scaler.unscale_(optimizer)
             norm = flat.clip_grad_norm_(1.0)
             loss, margin, accuracy, grad_norm = torch.stack([*sums, norm]).tolist()
@@ -207,6 +217,8 @@ def run(config: DpoConfig, stop: Stop, checkpoint: Path | None):
                 checkpoints.save(log.say)
             if is_stopping and not is_last:
                 stop.exit(checkpoints, log.say)
+    if not ranks.is_first():
+        return model
     details = [config.dataset], settings | config.card_flags(), log.lines()
     card = hub.model_card(checkpoints.output_dir.resolve().name, config.model, *details, is_merged=False)
     checkpoints.save_final_adapter(card)
