@@ -3,8 +3,8 @@ job."""
 
 import importlib.util
 import math
-import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora.model.adapter import ADAPTER
 from qlora.run.checkpoint import STATE_TENSORS
 from tests.conftest import ROOT
+from tests.ranks import start
 from tests.results import adapter, assert_same, metrics
 
 DOCUMENT = ROOT / "docs" / "changing-the-loop.md"
@@ -32,23 +34,25 @@ FLAGS = (
     "--max_length 48 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --lora_dropout 0.1 "
     "--lora_r 64 --gradient_checkpointing 1 --compile --warmup_steps 1 --dtype float32"
 ).split()
-# Trains; then again from the checkpoint in the middle, as after a kill. Both in one process, to save the
-# imports. The rehearsal runs with a compiler only, where there is no GPU; here it need not generate code.
-DRIVER = """
-import shutil, sys
-from pathlib import Path
-import torch
-import qlora.speed.layers
-import train
-torch.set_num_threads(1)
-qlora.speed.layers.COMPILER = "eager"
-out, *flags = sys.argv[1:]
-train.main([*flags, "--output_dir", out])
-shutil.copytree(out, out + "-resumed")
-shutil.rmtree(out + "-resumed/checkpoint-6")
-Path(out + "-resumed/adapter_model.safetensors").unlink()
-train.main([*flags, "--output_dir", out + "-resumed", "--resume_from_checkpoint", "latest"])
-"""
+
+
+def train_twice(folder: str, flags: list[str]) -> None:
+    """In a process of its own: train with the train.py of a folder; then again from the checkpoint in the
+    middle, as after a kill."""
+    import qlora.speed.layers
+
+    sys.path.insert(0, folder)
+    del sys.modules["train"]  # that of the repository
+    import train
+
+    assert Path(train.__file__).parent == Path(folder)
+    qlora.speed.layers.COMPILER = "eager"  # without a GPU a step is rehearsed only if layers are compiled
+    out, resumed = Path(folder, "out"), Path(folder, "out-resumed")
+    train.main([*flags, "--output_dir", str(out)])
+    shutil.copytree(out, resumed)
+    shutil.rmtree(resumed / f"checkpoint-{STEPS}")
+    (resumed / ADAPTER).unlink()
+    train.main([*flags, "--output_dir", str(resumed), "--resume_from_checkpoint", "latest"])
 
 
 def apply(diff: str, folder: Path) -> None:
@@ -59,23 +63,20 @@ def apply(diff: str, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(base, rows_file, tmp_path_factory):
+def trained(launcher, base, rows_file, tmp_path_factory):
     """A function that trains with the diff of a title, or with none; returns (folder, resumed folder)."""
 
     @cache
     def trained(title: str | None) -> tuple[Path, Path]:
         folder = tmp_path_factory.mktemp("changed")
         apply(DIFFS[title], folder) if title else (folder / "train.py").symlink_to(ROOT / "train.py")
-        (folder / "driver.py").write_text(DRIVER)
-        out = folder / "out"
-        argv = [sys.executable, "driver.py", str(out), "--model", base, "--dataset", rows_file, *FLAGS]
-        done = subprocess.run(
-            argv, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "; compiled;" in done.stdout and "1 of 2 layers checkpointed" in done.stdout
-        assert "packs of 48 tokens" in done.stdout
-        return out, Path(f"{out}-resumed")
+        argv = ["--model", base, "--dataset", rows_file, *FLAGS]
+        function = "tests.test_changing_the_loop:train_twice"
+        run = start(launcher, 1, function, str(folder), argv, log=folder / "log")
+        assert run.wait() == [0], run.output()[-3000:]
+        assert "; compiled;" in run.output() and "1 of 2 layers checkpointed" in run.output()
+        assert "packs of 48 tokens" in run.output()
+        return folder / "out", folder / "out-resumed"
 
     return trained
 

@@ -294,7 +294,7 @@ def dies_with_the_data(argv: list[str]) -> None:
 
 
 def test_a_process_killed_while_it_prepares_data_takes_the_others_down(start_run):
-    run = start_run(3, STEPS, function="dies_with_the_data")
+    run = start_run(3, STEPS, function="tests.test_ranks:dies_with_the_data")
     assert run.wait() == [-9, 1, 1]
     assert run.output().count("another process has died or hangs") == 1
 
@@ -340,7 +340,7 @@ def test_no_process_leaves_before_the_checkpoint_is_saved_and_an_echo_of_the_sig
     start_run, tmp_path
 ):
     """A scheduler signals all processes, torchrun among them, which passes it on."""
-    run = start_run(2, ENDLESS, function="slow_to_save")
+    run = start_run(2, ENDLESS, function="tests.test_ranks:slow_to_save")
     wait_for_lines(tmp_path / "out", 2)
     for _ in range(2):
         for pid in run.pids:

@@ -6,7 +6,8 @@ python tests/torture.py [--kills 100] [--terms 20] [--forked] [--processes 2]
 SIGKILL is sent during set-up, between steps, and in half of the cases while a checkpoint is being written;
 SIGTERM at any time. After each signal, every listed checkpoint must be intact. In the end adapter, optimizer
 state and logged losses must be bit-identical to those of the uninterrupted run. Every training is a process:
-python train.py, or with --forked a copy of this one, which has imported everything and is ten times as fast.
+python train.py, or with --forked a copy of this one, which has imported everything, draws no pictures and is
+ten times as fast.
 With --cuda the trainings run on the GPU, with --full_determinism. With --processes N a training has that many
 processes, started by torchrun or with --forked. SIGKILL is then sent to one of them or to all, and SIGTERM to
 one; the others must end by themselves.
@@ -45,7 +46,7 @@ import train  # noqa: E402
 from qlora.model.adapter import ADAPTER  # noqa: E402
 from qlora.run.checkpoint import STATE, STATE_TENSORS, list_checkpoints  # noqa: E402
 from qlora.run.files import damage  # noqa: E402
-from tests.ranks import fork_ranks  # noqa: E402
+from tests.ranks import draw_nothing_and_keep_garbage, fork_ranks  # noqa: E402
 from tests.tiny_llama import make_base  # noqa: E402
 
 # Forked processes share tqdm's own lock: one that is killed while holding it would block all others.
@@ -235,6 +236,8 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     if options.cuda and options.forked:
         parser.error("--forked needs the CPU: bitsandbytes has initialized CUDA, which cannot be forked")
+    if options.forked:
+        draw_nothing_and_keep_garbage()
     options.flags = flags + ["--full_determinism"] * options.cuda
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
