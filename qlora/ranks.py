@@ -23,6 +23,8 @@ from qlora.errors import InputError, first_line
 POLL_SECONDS = 0.1  # how often a rank that waits for others asks them
 STORE_SECONDS = 5  # how long a rank that fails waits for the store below
 RANK_LOST = "another process has died or hangs"
+# In PyTorch's errors then: any of Gloo's connections, and NCCL's for a process that is gone.
+LOST_PATTERN = "gloo/transport|closed by peer|reset by peer|ncclRemoteError|remote process exited"
 REASON_PRINTED = "a reason was printed"  # a key of the store
 _store = None  # a small key-value store of all ranks; with torchrun it outlives each of them
 
@@ -43,7 +45,7 @@ def number() -> int:
 
 def is_first() -> bool:
     """Whether this is the rank that saves, logs and prints; known even before they are connected."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ["RANK"] == "0"
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -226,8 +228,8 @@ def should_print(reason: str) -> bool:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether a collective operation of PyTorch failed because another rank is gone."""
-    return count() > 1 and bool(re.search("closed by peer|reset by peer|Timed out waiting|NCCL", str(error)))
+    """Whether a collective operation of PyTorch failed because another rank is gone or does not answer."""
+    return count() > 1 and bool(re.search(LOST_PATTERN, str(error)))
 
 
 def abandon() -> None:
@@ -270,9 +272,9 @@ def _all_expected() -> Iterator[None]:
     """Exchange something with all other ranks. Raises RankLost if that fails."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if not is_lost(error):  # a GPU that two ranks share, for example
+            raise
         lost = RankLost(RANK_LOST)
         lost.is_told_elsewhere = not should_print(RANK_LOST)
         raise lost from error
@@ -293,7 +295,7 @@ class _Clock:
         return event
 
     def stop(self) -> Callable[[], float]:
-        """Returns a function that tells the seconds, once the device has got so far."""
+        """Returns a function that returns the seconds, once the device has got so far."""
         end = self._now()
         if self.on_cuda:
             return lambda: self.start.elapsed_time(end) / 1000

@@ -92,6 +92,8 @@ class Stop:
     def exit(self, checkpoints: Checkpoints, say: Callable[[str], None]) -> NoReturn:
         """Say how to resume, and raise SystemExit with the exit code of the reason. All ranks call it."""
         ranks.any_true(False)  # the first has saved: once one has left, torchrun ends the others
+        if not ranks.is_first():  # which alone knows what is saved
+            sys.exit(self.exit_code)
         by_time = self.exit_code == OUT_OF_TIME
         reason = "--max_hours" if by_time else signal.Signals(self.exit_code - 128).name
         after = f"{reason} after step {checkpoints.progress.step}"

@@ -145,6 +145,16 @@ def test_the_loops_own_forward_and_backward_pass_is_rehearsed_on_the_largest_bat
     assert batches == [((3, 24), 3 * 23)]  # in each pack every token but the first is a target
 
 
+def test_the_rank_that_needs_most_decides_and_an_error_of_one_is_raised_on_all(model, monkeypatch):
+    rehearsal = a_rehearsal(model)
+    for others, expected in (([7, 9], 9), ([None, 9], None)):
+        monkeypatch.setattr("qlora.ranks.gather", lambda own, others=others: [own, *others])
+        assert rehearsal.peak_bytes(0, False) == expected  # 0 for this one: nothing is measured on a CPU
+    monkeypatch.setattr("qlora.ranks.gather", lambda own: [own, "the compiler has failed"])
+    with pytest.raises(RuntimeError, match="the compiler has failed"):
+        rehearsal.peak_bytes(0, False)
+
+
 def test_a_model_whose_layers_cannot_be_checkpointed_is_refused():
     config = OpenAIGPTConfig(vocab_size=64, n_embd=64, n_layer=1, n_head=1)
     model = add_adapter(OpenAIGPTLMHeadModel(config), 4, 8, 0.0, ["attn.c_attn"], False, False)
