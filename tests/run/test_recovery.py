@@ -212,6 +212,7 @@ class FailingDisk:
 
 def test_whichever_write_fails_no_checkpoint_is_lost_and_the_result_is_the_same(run, monkeypatch, capsys):
     flags = "--max_steps 2 --save_steps 1 --logging_steps 1 --lora_dropout 0.1 --save_total_limit 1"
+    flags += " --gradient_accumulation_steps 1"
     with monkeypatch.context() as patch:
         disk = FailingDisk(patch)
         _, folder = run(flags, out="uninterrupted")
