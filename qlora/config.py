@@ -520,13 +520,12 @@ class TrainConfig(Flags):
         """Raise InputError if a flag needs a CUDA GPU or several processes, and they are not there, or if
         these were started with different flags."""
         flags = {name: value for name, value in vars(self).items() if name not in MAY_DIFFER_BETWEEN_RANKS}
-        of_first, *of_others = ranks.gather(flags)
-        for number, of_other in enumerate(of_others, 1):
-            if differing := [f"--{name}" for name in flags if of_other[name] != of_first[name]]:
-                raise InputError(
-                    f"process {number} was started with another {' and '.join(differing)} than process 0: "
-                    "start the same command on all hosts"
-                )
+        if differing := ranks.disagreement(flags):
+            number, names = differing
+            raise InputError(
+                f"process {number} was started with another --{' and --'.join(names)} than process 0: "
+                "start the same command on all hosts"
+            )
         if self.shard and ranks.count() == 1:
             raise InputError("--shard needs several processes: torchrun --nproc-per-node 2 train.py ...")
         if device_type == "cuda":

@@ -145,6 +145,15 @@ def gather(value: Any) -> list:
     return values
 
 
+def disagreement(values: dict[str, Any]) -> tuple[int, list[str]] | None:
+    """(number of a rank, names of the values that it has other than the first rank); None if all agree."""
+    of_first, *of_others = gather(values)
+    for other, of_other in enumerate(of_others, 1):
+        if differing := [name for name in values if of_other[name] != of_first[name]]:
+            return other, differing
+    return None
+
+
 def from_first(value: Any) -> Any:
     """The first rank's value, on every rank; the others' do not matter. It is pickled: small ones only."""
     values = [value]

@@ -67,11 +67,15 @@ class Checkpoints:
         fit this run, or if the disk has no room for another one.
         """
         self.progress = self._restore(checkpoint) if checkpoint else Progress()
+        self.mark_boundary()
+        if ranks.is_first():
+            self._check_folder(checkpoint, total_steps, validation)
+        self.progress = ranks.from_first(self.progress)
+        return self.progress
+
+    def _check_folder(self, checkpoint: Path | None, total_steps: int, validation: str | None) -> None:
+        """start() for what depends on the output folder: what is replaced, its room, the best so far."""
         step = self.progress.step
-        if not ranks.is_first():
-            self.progress = ranks.from_first(self.progress)
-            self.mark_boundary()
-            return self.progress
         self.replaced = [path for path in list_checkpoints(self.output_dir) if _step_of(path) > step]
         if step > total_steps or (step == total_steps and self.replaced):
             raise InputError(f"{checkpoint} is at step {step}, and this run has only {total_steps} steps")
@@ -85,8 +89,6 @@ class Checkpoints:
         has_best = self.folder(self.progress.best_step).exists()
         self.progress.use_validation(validation, has_best)
         self.best_on_disk = self.progress.best_loss, self.progress.best_step
-        self.mark_boundary()
-        return ranks.from_first(self.progress)
 
     def _restore(self, folder: Path) -> Progress:
         """Restore weights, optimizer and scaler; returns the progress."""

@@ -83,14 +83,12 @@ class Fingerprint:
         """Add values; raises InputError, naming them, if some differ from the checkpoint's, or between ranks:
         hosts may have other files under the same names."""
         self.values |= values
-        of_first, *of_others = ranks.gather(values)
-        for number, of_other in enumerate(of_others, 1):
-            if differing := [name for name in values if of_other[name] != of_first[name]]:
-                names = " and ".join(differing)
-                raise InputError(
-                    f"process {number} has another {names} than process 0: start the same command, with the "
-                    "same files, on all hosts"
-                )
+        if differing := ranks.disagreement(values):
+            number, names = differing
+            raise InputError(
+                f"process {number} has another {' and '.join(names)} than process 0: start the same command, "
+                "with the same files, on all hosts"
+            )
         if self.saved is None:
             return
         changed = {
