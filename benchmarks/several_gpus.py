@@ -9,6 +9,7 @@ the median over the steps after the warm-up; memory is the peak that PyTorch all
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -43,9 +44,8 @@ def train(gpus: int, mode: str, batch: int, options: argparse.Namespace, flags: 
         "tokens_per_s": round(statistics.median(line["tokens_per_s"] for line in lines[WARM_UP:])),
         "gb": round(lines[-1]["peak_memory_gb"], 2),
         "exchange_ms": round(statistics.median(line.get("exchange_ms", 0) for line in lines[WARM_UP:]), 2),
-        "base": screen["model"].split(", ")[-2] if "model" in screen else "",
-        "layers": screen.get("layers", "").removeprefix("layers").strip(),
-        "loss": lines[-1]["loss"],
+        "base_gb": re.search(r", ([\d.]+) GB", screen["model"])[1],
+        "layers": screen["layers"].removeprefix("layers").strip(),
     }
 
 
@@ -77,7 +77,7 @@ def main() -> None:
                     continue
                 first = first or got["tokens_per_s"]
                 ratio = f"{got['tokens_per_s'] / first:.2f}x"
-                figures = [f"{got['tokens_per_s']:,}", ratio, got["gb"], got["base"], got["exchange_ms"]]
+                figures = [f"{got['tokens_per_s']:,}", ratio, got["gb"], got["base_gb"], got["exchange_ms"]]
                 row = [gpus, mode, f"{batch} x {options.length}", *figures, got["layers"]]
                 print(f"| {' | '.join(map(str, row))} |", flush=True)
 
