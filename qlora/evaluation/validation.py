@@ -1,7 +1,6 @@
 """Validation loss: mean cross-entropy over all targets of the validation rows."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from qlora import ranks
 from qlora.data.batch import micro_batches, padded_length, to_device
 from qlora.data.tokenized import TokenizedRows
+from qlora.model.forward import evaluation_mode
 from qlora.model.loss import target_logprobs
 
 
@@ -67,17 +67,6 @@ class Validation:
         tokens = [len(batch) * padded_length(int(self.rows.lengths[batch[0]])) for batch in self.batches]
         with evaluation_mode(model):
             self._batch_loss(model, self.batches[int(np.argmax(tokens))])
-
-
-@contextmanager
-def evaluation_mode(model) -> Iterator[None]:
-    """Without dropout; afterwards the model is in the mode that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def eval_batches(lengths: np.ndarray, batch_size: int, max_tokens: int) -> list[list[int]]:

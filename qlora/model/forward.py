@@ -1,6 +1,7 @@
 """A batch through the decoder: from token ids to the last hidden states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
@@ -28,6 +29,17 @@ def decoder(causal_lm):
             f"{type(causal_lm).__name__} is not supported: its decoder cannot be told from its head"
         )
     return found
+
+
+@contextmanager
+def evaluation_mode(model) -> Iterator[None]:
+    """Without dropout; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def hidden_states(causal_lm, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -59,11 +71,9 @@ def choose_hidden_states(model) -> Callable | None:
 def has_plain_head(model) -> bool:
     """Whether the model's logits are exactly head(hidden states): tested by running it."""
     causal_lm = without_adapter(model)
-    was_training = causal_lm.training
-    causal_lm.eval()
     input_ids = torch.arange(8, device=model.device).unsqueeze(0)
-    logits = causal_lm(input_ids=input_ids, use_cache=False).logits
-    hidden = decoder(causal_lm)(input_ids=input_ids, use_cache=False).last_hidden_state
-    head_logits = causal_lm.get_output_embeddings()(hidden)
-    causal_lm.train(was_training)
+    with evaluation_mode(causal_lm):
+        logits = causal_lm(input_ids=input_ids, use_cache=False).logits
+        hidden = decoder(causal_lm)(input_ids=input_ids, use_cache=False).last_hidden_state
+        head_logits = causal_lm.get_output_embeddings()(hidden)
     return torch.equal(head_logits, logits)

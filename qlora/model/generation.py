@@ -14,6 +14,7 @@ from qlora.data.segments import DropRow, Segment, adds_bos_itself, encode
 from qlora.data.sources import read_rows
 from qlora.data.tokenized import check_token_id
 from qlora.errors import InputError
+from qlora.model.forward import evaluation_mode
 
 
 class PromptTooLong(InputError):
@@ -136,26 +137,19 @@ def generate(
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[pad_id] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    was_training = model.training
-    model.eval()
     cuda_devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=cuda_devices), autocast():
-            torch.manual_seed(seed)
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                pad_token_id=pad_id,
-                eos_token_id=stop_ids(model, tokenizer),
-                use_cache=True,
-                streamer=streamer,
-                stopping_criteria=[
-                    lambda ids, scores: torch.full((len(ids),), should_stop(), device=ids.device)
-                ],
-                **options,
-            )
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), torch.random.fork_rng(devices=cuda_devices), autocast():
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            pad_token_id=pad_id,
+            eos_token_id=stop_ids(model, tokenizer),
+            use_cache=True,
+            streamer=streamer,
+            stopping_criteria=[lambda ids, scores: torch.full((len(ids),), should_stop(), device=ids.device)],
+            **options,
+        )
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 

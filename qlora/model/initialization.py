@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from qlora.data.tokenized import TokenizedRows
 from qlora.errors import InputError
-from qlora.model.forward import decoder
+from qlora.model.forward import decoder, evaluation_mode
 from qlora.model.weights import Weights, loaded_folder
 
 ROWS, BATCH = 256, 8  # training rows that qera looks at, at most, and how many of them at a time
@@ -108,17 +108,14 @@ def second_moments(model, names: set[str], rows: list[tuple]) -> dict[str, torch
 
     layers = {name: layer for name, layer in _lora_layers(model).items() if name in names}
     hooks = [layer.register_forward_pre_hook(partial(add, name)) for name, layer in layers.items()]
-    was_training = model.training
-    model.eval()
     by_length = sorted((ids for ids, _ in rows), key=len)
-    with model.disable_adapter():  # it may already correct other layers
+    with evaluation_mode(model), model.disable_adapter():  # it may already correct other layers
         for start in range(0, len(by_length), BATCH):
             batch = by_length[start : start + BATCH]
             input_ids = pad_sequence(batch, batch_first=True).to(model.device)
             lengths = torch.tensor([len(ids) for ids in batch], device=model.device)
             mask = torch.arange(input_ids.shape[1], device=model.device) < lengths[:, None]
             decoder(model.get_base_model())(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    model.train(was_training)
     for hook in hooks:
         hook.remove()
     return moments

@@ -10,7 +10,7 @@ from transformers.masking_utils import sdpa_mask
 
 from qlora.data.batch import collate, to_device
 from qlora.errors import first_line
-from qlora.model.forward import VARLEN, hidden_states, without_adapter
+from qlora.model.forward import VARLEN, evaluation_mode, hidden_states, without_adapter
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -40,18 +40,15 @@ def choose_attention(model, autocast) -> str | None:
         register_varlen()
         candidates = [VARLEN, own]
     reasons = []
-    was_training = causal_lm.training
-    causal_lm.eval()
     for name in candidates:
         try:
-            if are_rows_apart(causal_lm, name, own, autocast):
-                causal_lm.train(was_training)
-                return None
+            with evaluation_mode(causal_lm):
+                if are_rows_apart(causal_lm, name, own, autocast):
+                    return None
             reasons.append(f"rows see each other with {name}")
         except (ValueError, RuntimeError, TypeError) as error:  # a GPU or a model that does not take it
             reasons.append(f"{name}: {first_line(error)}")
     causal_lm.set_attn_implementation(own)
-    causal_lm.train(was_training)
     return "; ".join(reasons)
 
 
