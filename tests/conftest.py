@@ -25,7 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.ranks import start_launcher  # noqa: E402
+from tests.ranks import Ranks, start, start_launcher  # noqa: E402
 from tests.tiny_llama import make_base, make_tokenizer  # noqa: E402
 
 # Double quantization on the CPU depends on the number of threads: identity needs it fixed.
@@ -106,6 +106,22 @@ def launcher():
     yield process
     process.stdin.close()  # not kill(): it has a cache to remove
     process.wait()
+
+
+@pytest.fixture
+def start_run(launcher, base, rows_file, tmp_path):
+    """Start train.py in some processes; {rank} in a flag is the number of the process."""
+
+    def start_run(
+        count: int, *flags: str, out: str = "out", function: str = "tests.ranks:train_rank"
+    ) -> Ranks:
+        argv = ["--model", base, "--dataset", rows_file, "--output_dir", str(tmp_path / out)]
+        argv += ["--dtype", "float32", "--no_packing", "--learning_rate", "3e-3"]
+        argv += [word for flag in flags for word in flag.split()]
+        log = tmp_path / f"{out}.log"
+        return start(launcher, count, function, argv, log=log)
+
+    return start_run
 
 
 @pytest.fixture

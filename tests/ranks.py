@@ -114,6 +114,19 @@ def start(launcher: subprocess.Popen, count: int, function: str, *arguments, log
     return Ranks(launcher, json.loads(launcher.stdout.readline()), log)
 
 
+def train_rank(argv: list[str]) -> None:
+    """train.py in one of the processes."""
+    import train
+
+    train.main([word.replace("{rank}", os.environ.get("RANK", "0")) for word in argv])
+
+
+def children(pid: int) -> list[int]:
+    """The pids of a process's children, in their order: of the ranks that torchrun has started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return sorted(map(int, listed.stdout.split()))
+
+
 def _ask(launcher: subprocess.Popen, request: dict) -> None:
     launcher.stdin.write(json.dumps(request) + "\n")
     launcher.stdin.flush()

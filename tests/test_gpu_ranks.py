@@ -12,9 +12,10 @@ import torch
 from qlora.run.checkpoint import list_checkpoints
 from qlora.run.files import damage
 from tests.conftest import ROOT
+from tests.ranks import children
 from tests.results import metrics
 from tests.test_gpu import long_rows, wide_base  # noqa: F401  (fixtures)
-from tests.test_ranks import assert_bit_identical, children, wait_for_lines
+from tests.test_ranks import assert_bit_identical, wait_for_lines
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 FLAGS = (
@@ -100,7 +101,7 @@ def test_a_sharded_run_resumes_on_one_gpu(run):
 def test_a_killed_process_ends_the_other_within_seconds_and_leaves_a_checkpoint(start_run, flags):
     agent, folder = start_run(2, "--max_steps 100000 --gradient_accumulation_steps 1", flags)
     wait_for_lines(folder, 3, START_SECONDS)
-    os.kill(children(agent)[-1], signal.SIGKILL)
+    os.kill(children(agent.pid)[-1], signal.SIGKILL)
     assert agent.wait(20) == 1  # after 30 seconds torchrun would kill it
     (checkpoint,) = list_checkpoints(folder)
     assert damage(checkpoint) is None

@@ -25,7 +25,7 @@ from qlora.run.checkpoint import STATE_TENSORS, list_checkpoints
 from qlora.run.files import damage
 from tests.conftest import ROOT, ROWS
 from tests.data.random_rows import random_rows
-from tests.ranks import Ranks, free_port, start
+from tests.ranks import children, free_port, train_rank
 from tests.results import adapter, assert_same, metrics
 
 # Four steps an epoch, the last one smaller than the others.
@@ -35,29 +35,6 @@ ENDLESS = (
     "--gradient_accumulation_steps 1"
 )
 VARYING = {"tokens_per_s", "data_wait", "exchange_ms", "peak_memory_gb"}  # in a line of metrics.jsonl
-
-
-@pytest.fixture
-def start_run(launcher, base, rows_file, tmp_path):
-    """Start train.py in some processes; {rank} in a flag is the number of the process."""
-
-    def start_run(
-        count: int, *flags: str, out: str = "out", function: str = "tests.test_ranks:train_rank"
-    ) -> Ranks:
-        argv = ["--model", base, "--dataset", rows_file, "--output_dir", str(tmp_path / out)]
-        argv += ["--dtype", "float32", "--no_packing", "--learning_rate", "3e-3"]
-        argv += [word for flag in flags for word in flag.split()]
-        log = tmp_path / f"{out}.log"
-        return start(launcher, count, function, argv, log=log)
-
-    return start_run
-
-
-def train_rank(argv: list[str]) -> None:
-    """train.py in one of the processes."""
-    import train
-
-    train.main([word.replace("{rank}", os.environ.get("RANK", "0")) for word in argv])
 
 
 def split(rows: int, accumulation: int) -> str:
@@ -420,17 +397,11 @@ def torchrun(base, rows_file, tmp_path):
         process.kill()
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    """The pids of the ranks that torchrun has started, in their order."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return sorted(map(int, listed.stdout.split()))
-
-
 def test_torchrun_restarts_a_run_whose_process_was_killed(torchrun, tmp_path):
     flags = "--max_steps 40 --save_steps 5 --logging_steps 1 --resume_from_checkpoint latest", split(2, 1)
     agent = torchrun("--standalone --nproc-per-node 2 --max-restarts 1", *flags)
     wait_for_lines(tmp_path / "out", 7)
-    os.kill(children(agent)[-1], signal.SIGKILL)
+    os.kill(children(agent.pid)[-1], signal.SIGKILL)
     output = tmp_path / "torchrun-0.log"
     assert agent.wait(120) == 0, output.read_text()
     assert "resuming from checkpoint-" in output.read_text()

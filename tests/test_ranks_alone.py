@@ -8,7 +8,7 @@ import torch
 
 from qlora.run.checkpoint import list_checkpoints
 from tests.results import metrics
-from tests.test_ranks import ENDLESS, STEPS, split, start_run  # noqa: F401
+from tests.test_ranks import ENDLESS, STEPS, split
 
 FUNCTIONS = "tests.test_ranks_alone"
 
@@ -27,7 +27,7 @@ def best_before_last(argv: list[str]) -> None:
     train.main(argv)
 
 
-def test_the_best_adapter_is_loaded_after_the_others_have_left(start_run, tmp_path, rows_file):  # noqa: F811
+def test_the_best_adapter_is_loaded_after_the_others_have_left(start_run, tmp_path, rows_file):
     flags = STEPS, split(2, 2), f"--validation_dataset {rows_file} --eval_steps 2 --load_best_model_at_end"
     run = start_run(2, *flags, function=f"{FUNCTIONS}:best_before_last")
     assert run.wait() == [0, 0], run.output()
@@ -52,7 +52,7 @@ def dies_in_its_fifth_pass(argv: list[str]) -> None:
     train.main(argv)
 
 
-def test_a_process_killed_while_the_others_gather_weights_from_it_costs_no_step(start_run, tmp_path):  # noqa: F811
+def test_a_process_killed_while_the_others_gather_weights_from_it_costs_no_step(start_run, tmp_path):
     run = start_run(2, ENDLESS, "--shard", function=f"{FUNCTIONS}:dies_in_its_fifth_pass")
     assert run.wait() == [1, -9]
     assert run.output().count("error:") == 1 and "resumes after step 4" in run.output()
@@ -68,7 +68,7 @@ def dies_while_it_prepares_data(argv: list[str]) -> None:
     train.main(argv)
 
 
-def test_a_process_killed_while_data_is_prepared_takes_the_others_down(start_run):  # noqa: F811
+def test_a_process_killed_while_data_is_prepared_takes_the_others_down(start_run):
     run = start_run(3, ENDLESS, function=f"{FUNCTIONS}:dies_while_it_prepares_data")
     assert run.wait() == [1, -9, 1]
     assert run.output().count("error: another process has died or hangs") == 1
@@ -83,7 +83,7 @@ def has_one_gpu(argv: list[str]) -> None:
     train.main([*argv, "--distributed_timeout", "3"])
 
 
-def test_more_processes_than_gpus_are_refused_with_the_number_to_give(start_run):  # noqa: F811
+def test_more_processes_than_gpus_are_refused_with_the_number_to_give(start_run):
     run = start_run(2, ENDLESS, function=f"{FUNCTIONS}:has_one_gpu")
     assert run.wait() == [1, 1]
     assert "this host has 1 GPUs, and torchrun has started 2 processes on it: give --nproc-per-node 1" in (
@@ -99,7 +99,7 @@ def test_more_processes_than_gpus_are_refused_with_the_number_to_give(start_run)
         ("--dataset {folder}/{rank}.jsonl", "process 1 has another data than process 0"),
     ],
 )
-def test_processes_started_differently_are_refused_by_name(start_run, tmp_path, rows_file, flags, reason):  # noqa: F811
+def test_processes_started_differently_are_refused_by_name(start_run, tmp_path, rows_file, flags, reason):
     lines = open(rows_file).readlines()
     for rank in range(2):
         (tmp_path / f"{rank}.jsonl").write_text("".join(lines[rank:]))
@@ -108,7 +108,7 @@ def test_processes_started_differently_are_refused_by_name(start_run, tmp_path, 
     assert run.output().count("error:") == 1 and reason in run.output()
 
 
-def test_what_only_the_first_process_can_find_out_is_printed_once(start_run, tmp_path):  # noqa: F811
+def test_what_only_the_first_process_can_find_out_is_printed_once(start_run, tmp_path):
     (tmp_path / "file").touch()
     run = start_run(2, STEPS, f"--output_dir {tmp_path}/file")
     assert run.wait() == [1, 1]
@@ -133,7 +133,7 @@ def runs_out_of_memory_in_samples(argv: list[str]) -> None:
     train.main(argv)
 
 
-def test_with_shard_out_of_memory_in_sample_answers_does_not_end_the_run(start_run, tmp_path, rows_file):  # noqa: F811
+def test_with_shard_out_of_memory_in_sample_answers_does_not_end_the_run(start_run, tmp_path, rows_file):
     (tmp_path / "prompts.txt").write_text("What?\n")
     flags = STEPS, split(2, 1), f"--shard --validation_dataset {rows_file} --eval_steps 5"
     run = start_run(
@@ -145,7 +145,7 @@ def test_with_shard_out_of_memory_in_sample_answers_does_not_end_the_run(start_r
     assert metrics(tmp_path / "out")[-1]["step"] == 5
 
 
-def test_a_data_report_is_that_of_one_process(start_run, tmp_path):  # noqa: F811
+def test_a_data_report_is_that_of_one_process(start_run, tmp_path):
     run = start_run(2, "--data_report json", out="report")
     assert run.wait() == [0, 0], run.output()
     assert run.output().count('"max_length"') == 1

@@ -46,7 +46,7 @@ import train  # noqa: E402
 from qlora.model.adapter import ADAPTER  # noqa: E402
 from qlora.run.checkpoint import STATE, STATE_TENSORS, list_checkpoints  # noqa: E402
 from qlora.run.files import damage  # noqa: E402
-from tests.ranks import draw_nothing_and_keep_garbage, fork_ranks  # noqa: E402
+from tests.ranks import children, draw_nothing_and_keep_garbage, fork_ranks  # noqa: E402
 from tests.tiny_llama import make_base  # noqa: E402
 
 # Forked processes share tqdm's own lock: one that is killed while holding it would block all others.
@@ -75,7 +75,6 @@ class Training:
     """A training in one or several processes of its own, with its output appended to `log`."""
 
     def __init__(self, flags: list[str], log: Path, is_forked: bool, count: int):
-        self.count = count
         self.is_under_torchrun = count > 1 and not is_forked
         if is_forked:
             self.pids = fork_ranks(count, train.main, [flags], log)
@@ -121,10 +120,7 @@ class Training:
 
     def ranks(self) -> list[int]:
         """The pids of the processes that train."""
-        if not self.is_under_torchrun:
-            return self.pids
-        listed = ["ps", "-o", "pid=", "--ppid", str(self.pids[0])]
-        return [int(pid) for pid in subprocess.run(listed, capture_output=True, text=True).stdout.split()]
+        return children(self.pids[0]) if self.is_under_torchrun else self.pids
 
 
 def logged_lines(out: Path) -> int:
